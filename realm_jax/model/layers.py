@@ -1,0 +1,65 @@
+"""The pieces of a transformer block, as pure functions of (weights, activations).
+
+Shape suffixes: `B` rows, `T` new tokens, `S` cache length, `D` width, `F` ffn width, `H` query heads,
+`K` kv heads, `C` head width, `V` vocabulary. Called by `model.transformer`.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from realm_jax.kernels.attention import attention
+from realm_jax.kernels.matmul import matmul
+from realm_jax.model.config import Config
+from realm_jax.model.params import Attention, FeedForward, Weight
+from realm_jax.model.rope import rotate
+from realm_jax.quant.tensor import QuantizedTensor
+
+Rotation = tuple[jax.Array, jax.Array]  # cosine and sine, (B, T, C / 2)
+
+
+def embed(w_VD: Weight, tokens_BT: jax.Array) -> jax.Array:
+    """Rows of the embedding, float32 (B, T, D); only the rows asked for are dequantized."""
+    if isinstance(w_VD, QuantizedTensor):
+        return w_VD.take(tokens_BT)
+    return w_VD[tokens_BT].astype(jnp.float32)
+
+
+def linear(x: jax.Array, w: Weight, bias: jax.Array | None = None) -> jax.Array:
+    """x @ w.T + bias: x (..., K), w (N, K) in any format, bias (N,) or None."""
+    y = matmul(x, w)
+    return y if bias is None else y + bias.astype(y.dtype)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis, in float32 (Zhang and Sennrich 2019)."""
+    x32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)
+    return (x32 * scale * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def project_qkv(
+    w: Attention, config: Config, x_BTD: jax.Array, rotation: Rotation
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normed input -> rotated queries (B, T, H, C), rotated keys and values (B, T, K, C)."""
+    B, T, _ = x_BTD.shape
+    C, halves = config.head_width, config.rope.halves
+    x_BTD = rms_norm(x_BTD, w.norm, config.norm_eps)
+    q_BTHC = linear(x_BTD, w.q, w.q_bias).reshape(B, T, config.heads, C)
+    k_BTKC = linear(x_BTD, w.k, w.k_bias).reshape(B, T, config.kv_heads, C)
+    v_BTKC = linear(x_BTD, w.v, w.v_bias).reshape(B, T, config.kv_heads, C)
+    return rotate(q_BTHC, *rotation, halves), rotate(k_BTKC, *rotation, halves), v_BTKC
+
+
+def attend(
+    w: Attention, config: Config, q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, position_BT: jax.Array
+) -> jax.Array:
+    """Attention and its output projection, (B, T, D)."""
+    out_BTHC = attention(q_BTHC, k_BSKC, v_BSKC, position_BT, scale=config.head_width**-0.5)
+    return linear(out_BTHC.reshape(*out_BTHC.shape[:2], -1), w.o, w.o_bias)
+
+
+def feed_forward(w: FeedForward, config: Config, x_BTD: jax.Array) -> jax.Array:
+    """Gated feed-forward network with SiLU (Shazeer 2020), (B, T, D)."""
+    x_BTD = rms_norm(x_BTD, w.norm, config.norm_eps)
+    gate_BTF = jax.nn.silu(linear(x_BTD, w.gate, w.gate_bias))
+    return linear(gate_BTF * linear(x_BTD, w.up, w.up_bias), w.down, w.down_bias)
