@@ -1,0 +1,11 @@
+"""The ground every experiment stands on: a typed config, a run directory, metrics and plots.
+
+A config is one frozen dataclass, read from one TOML file and changed by `--set key=value`; everything a run
+produces lies in one folder under `runs/`.
+"""
+
+from realm_jax.experiment.command import experiment_command
+from realm_jax.experiment.config import dump_toml, load_config
+from realm_jax.experiment.run import Run, plot_curves, read_json
+
+__all__ = ["Run", "dump_toml", "experiment_command", "load_config", "plot_curves", "read_json"]
