@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from realm_jax.errors import GGUFError
+from realm_jax.gguf.types import shown
 
 MAX_LAYERS = 512  # llama.cpp's bound
 MAX_SIZE = 1 << 24  # of any width, head count or vocabulary: far above every model there is
@@ -86,7 +87,7 @@ class Config:
         name = read.text("general.architecture")
         if name not in ARCHITECTURES:
             raise GGUFError(
-                f"{source}: general.architecture is {name!r}, which is not supported; "
+                f"{source}: general.architecture is {shown(name)}, which is not supported; "
                 f"supported: {', '.join(sorted(ARCHITECTURES))}"
             )
         read.prefix = name + "."
@@ -164,7 +165,7 @@ def _rope(read: "_Reader", config: Config, architecture: Architecture) -> Rope:
         factor = read.number("rope.scale_linear", lower=0.0, default=0.0, closed=True)
     scaling = read.text("rope.scaling.type", default="linear")
     if scaling not in ("none", "linear", "yarn", "longrope"):
-        raise read.error("rope.scaling.type", f"is {scaling!r}; known: none, linear, yarn, longrope")
+        raise read.error("rope.scaling.type", f"is {shown(scaling)}; known: none, linear, yarn, longrope")
     if scaling == "linear" and factor in (0.0, 1.0):
         scaling = "none"
     return Rope(

@@ -19,8 +19,8 @@ from realm_jax.compilation import enable_compilation_cache
 from realm_jax.errors import GGUFError, RealmError
 from realm_jax.gguf.reader import GGUFFile, open_gguf
 from realm_jax.gguf.tokenizer import Tokenizer
-from realm_jax.gguf.types import Field, ValueType
-from realm_jax.gguf.writer import field, write_gguf
+from realm_jax.gguf.types import Field, ValueType, field, shown
+from realm_jax.gguf.writer import write_gguf
 from realm_jax.model.config import Config
 from realm_jax.model.model import Model, Origin
 from realm_jax.model.params import Params, TensorSpec, Weight, build_params, get_weight, tensor_specs
@@ -87,7 +87,7 @@ def _check_tensors(file: GGUFFile, config: Config) -> dict[str, TensorSpec]:
         spec = specs.get(name)
         if spec is None and not name.endswith(DERIVED):
             raise GGUFError(
-                f"{source}: tensor {name!r} has no place in a {config.architecture} model of {config.layers} layers"
+                f"{source}: tensor {shown(name)} has no place in a {config.architecture} model of {config.layers} layers"
             )
         if spec is not None and info.shape != spec.shape:
             raise GGUFError(f"{source}: tensor {name} has shape {info.shape}; the hyperparameters make it {spec.shape}")
