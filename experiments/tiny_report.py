@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import shutil
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -22,7 +23,7 @@ from rich.console import Console
 from tiny_corpus import Corpus
 from tiny_text import COUNTRIES, equation
 
-from realm_jax.decode import generate
+from realm_jax.decode.generate import generate
 from realm_jax.errors import RealmError
 from realm_jax.experiment import Run, read_json
 from realm_jax.model import Config, Model, Params, load, unembed
@@ -40,7 +41,7 @@ _SAMPLES = (  # prompt, temperature
     ("Once upon a time, there lived", 1.0),
     ("<|im_start|>user\nWhat is the capital of Japan?<|im_end|>\n<|im_start|>assistant\n", 0.0),
 )
-_BEGIN, _END = "<!-- results: written by experiments/tiny_report.py -->", "<!-- end of results -->"
+BEGIN, END = "<!-- results: written by experiments/tiny_report.py -->", "<!-- end of results -->"
 
 
 def write_report(run: Run, corpus: Corpus, files: dict[str, str], console: Console) -> None:
@@ -71,7 +72,10 @@ def write_report(run: Run, corpus: Corpus, files: dict[str, str], console: Conso
 
 @functools.partial(jax.jit, static_argnames="config")
 def score(params: Params, config: Config, rows_RT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean loss (nats a token) of rows (R, T + 1), and the likeliest token at each place (R', T); whole batches only."""
+    """Mean loss (nats a token) of rows (R, T + 1), and the likeliest token at each place (R', T).
+
+    Rows that do not fill a batch are left out.
+    """
     batch = min(_ROWS_A_BATCH, len(rows_RT))
     count = len(rows_RT) // batch
 
@@ -143,12 +147,9 @@ def card_section(results: dict[str, Any]) -> str:
         f"Trained on: {', '.join(environment['devices'])} ({environment['backend']}); Python {environment['python']}, "
         f"{packages}. Command: `{' '.join(environment['command'])}`. Losses are nats a token.",
         "",
-        "| | " + " | ".join(models) + " |",
-        "|---|" + "---|" * len(models),
-        *(
-            f"| {label} | " + " | ".join(show(model) for model in models.values()) + " |"
-            for label, show in rows.items()
-        ),
+        _table_row("", models),
+        _table_row("---", ["---"] * len(models)),
+        *(_table_row(label, map(show, models.values())) for label, show in rows.items()),
         "",
         f"On held-out stories, draft and target agree on the likeliest next token at {results['draft_agreement']:.1%} "
         "of the places.",
@@ -157,6 +158,10 @@ def card_section(results: dict[str, Any]) -> str:
         lines += ["", f"Samples of the {role}, unselected (prompt → continuation):", ""]
         lines += [_sample_line(sample) for sample in model["samples"]]
     return "\n".join(lines) + "\n"
+
+
+def _table_row(label: str, cells: Iterable[str]) -> str:
+    return f"| {label} | {' | '.join(cells)} |"
 
 
 def _sample_line(sample: dict[str, Any]) -> str:
@@ -179,10 +184,10 @@ def install_models(run: Path, assets: Path) -> None:
     """Raises RealmError where the run has no results yet, or the card no place for them."""
     results = read_json(run / "results.json")
     card = assets / "README.md"
-    before, begin, rest = card.read_text(encoding="utf-8").partition(_BEGIN)
-    _, end, after = rest.partition(_END)
+    before, begin, rest = card.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
     if not begin or not end:
-        raise RealmError(f"{card}: has no results section; want a line {_BEGIN!r} and a line {_END!r}")
+        raise RealmError(f"{card}: has no results section; want a line {BEGIN!r} and a line {END!r}")
     for model in results["models"].values():
         shutil.copyfile(run / model["file"], assets / model["file"])
     card.write_text(f"{before}{begin}\n\n{card_section(results)}\n{end}{after}", encoding="utf-8")

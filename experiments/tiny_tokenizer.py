@@ -15,7 +15,7 @@ from tiny_text import CHATML_TEMPLATE
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from realm_jax.errors import RealmError
-from realm_jax.gguf import Field, ValueType
+from realm_jax.gguf.types import Field, ValueType
 
 END_OF_TEXT, TURN_START, TURN_END = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _NORMAL, _CONTROL = 1, 3  # token types of the GGUF vocabulary

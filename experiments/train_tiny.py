@@ -90,9 +90,9 @@ class TrainingConfig:
         for name in ("steps", "evaluate_every", "checkpoint_every"):
             value = getattr(self, name)
             if value <= 0 or self.steps_per_call <= 0 or value % self.steps_per_call:
-                raise RealmError(
-                    f"training.{name} is {value}; want a multiple of steps_per_call, {self.steps_per_call}"
-                )
+                raise RealmError(f"{name} is {value}; want a multiple of steps_per_call, {self.steps_per_call}")
+        if not 0 <= self.warmup < self.steps:
+            raise RealmError(f"warmup is {self.warmup} steps; want fewer than the {self.steps} steps of training")
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class TrainTinyConfig:
 
 @flax.struct.dataclass
 class TrainState:
-    """params: dense float32 weights. optimizer: optax state. step: int32 scalar, steps done; also the place in the data."""
+    """params: dense float32 weights. optimizer: optax state. step: int32 scalar, steps done and place in the data."""
 
     params: Params
     optimizer: optax.OptState
@@ -261,8 +261,9 @@ def plot_losses(run: Run) -> None:
     plot_curves(run.folder / "loss.png", curves, title="Bundled models", y_label="loss (nats a token)", log_y=True)
 
 
+command = experiment_command(main, TrainTinyConfig, Path(__file__).parents[1] / "configs" / "train_tiny.toml")
+
 if __name__ == "__main__":
     # On a GPU, scatter-adds and autotuned matmuls differ from run to run unless told not to.
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
-    root = Path(__file__).resolve().parents[1]
-    experiment_command(main, TrainTinyConfig, root / "configs" / "train_tiny.toml")()
+    command()
