@@ -189,8 +189,13 @@ def test_files_written_by_the_gguf_package(tmp_path):
         assert file.raw("q").tobytes() == bytes(range(68))
 
 
+def slow_if_large(path: Path):
+    """The package's reader takes 20 seconds for a large vocabulary."""
+    return pytest.mark.slow if path.stat().st_size > 2**21 else ()
+
+
 @pytest.mark.skipif(not VOCABULARIES, reason="the vocabulary fixtures are not here")
-@pytest.mark.parametrize("path", VOCABULARIES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [pytest.param(p, marks=slow_if_large(p), id=p.stem) for p in VOCABULARIES])
 def test_vocabularies_as_the_gguf_package_reads_them(path):
     theirs = gguf_package.GGUFReader(path)
     with open_gguf(path) as file:

@@ -7,6 +7,7 @@ its fields and tensors gives the same bytes. Source: the GGUF specification (ggm
 import contextlib
 import os
 import secrets
+import stat
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,12 +16,15 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from ..errors import GGUFError
+from .cursor import MAX_HEADER_BYTES
 from .header import (
     ALIGNMENT_KEY,
     MAGIC,
     MAX_DIMENSIONS,
     MAX_KEY_BYTES,
+    MAX_KEYS,
     MAX_TENSOR_NAME_BYTES,
+    MAX_TENSORS,
     alignment_of,
     check_alignment,
     padded,
@@ -56,9 +60,9 @@ def write_gguf(
     one piece at a time need be in memory. alignment of tensor data: what `general.alignment` in fields says, else
     32; another one given here is added to the fields.
 
-    The bytes go to a temporary file in the same folder, which takes the final name once it is complete; whatever
-    goes wrong before leaves the folder, and a file already there, as they were. Raises GGUFError, one line, for names,
-    shapes, values or byte counts that do not fit and if the disk refuses.
+    The bytes go to a temporary file in the same folder, which takes the final name once it is complete (and the
+    place of a link of that name); whatever goes wrong before leaves the folder, and a file already there, as they
+    were. Raises GGUFError, one line, for names, shapes, values or byte counts that do not fit and if the disk refuses.
     """
     path = Path(path)
     try:
@@ -67,10 +71,7 @@ def write_gguf(
         head = _encode_header(fields, checked, alignment)
     except GGUFError as error:
         raise file_error(path, str(error)) from None
-    if path.is_dir():
-        raise file_error(path, "is a folder: give the name of the file to write")
-    if not path.parent.is_dir():
-        raise file_error(path, f"the folder {shown_path(path.parent)} does not exist: make it first")
+    _check_target(path)
     temporary = path.with_name(f".{secrets.token_hex(8)}.gguf.part")
     try:
         _write(temporary, path, head, checked, alignment)
@@ -80,6 +81,22 @@ def write_gguf(
         raise file_error(path, f"could not be written: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _check_target(path: Path) -> None:
+    """Refuses, before the work begins, a path that no file can take."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        if not path.parent.is_dir():
+            raise file_error(path, f"the folder {shown_path(path.parent)} does not exist: make it first") from None
+        return
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        raise file_error(path, f"cannot be written: {getattr(error, 'strerror', None) or error}") from None
+    if stat.S_ISDIR(mode):
+        raise file_error(path, "is a folder: give the name of the file to write")
+    if not stat.S_ISREG(mode):
+        raise file_error(path, "is not a regular file: only such a file can be replaced")
 
 
 def _with_alignment(fields: Mapping[str, Field], alignment: int | None) -> tuple[dict[str, Field], int]:
@@ -120,6 +137,13 @@ def _encode_header(fields: Mapping[str, Field], tensors: list[_Tensor], alignmen
         pieces.append(struct.pack(f"<I{dims}QIQ", dims, *tensor.shape[::-1], tensor.type.id, offset))
         offset += padded(tensor.nbytes, alignment)
     head = b"".join(pieces)
+    for what, count, most in (
+        ("keys", len(fields), MAX_KEYS),
+        ("tensors", len(tensors), MAX_TENSORS),
+        ("bytes of metadata and tensor list", len(head), MAX_HEADER_BYTES),
+    ):
+        if count > most:
+            raise GGUFError(f"{count:,} {what} are too many: at most {most:,} are allowed")
     return head.ljust(padded(len(head), alignment), b"\0")
 
 
