@@ -1,0 +1,173 @@
+"""`realm generate`: a prompt in, text out, as it comes; then what ran and how fast."""
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from realm_jax.cli import output
+from realm_jax.cli.options import common_options, file_argument, pre_option
+from realm_jax.cli.text import one_line, read_stdin, visible
+from realm_jax.errors import RequestError
+
+if TYPE_CHECKING:
+    from realm_jax.decode.generate import Completion
+    from realm_jax.gguf.tokenizer import Tokenizer
+    from realm_jax.model import Model
+
+
+def _parse_bias(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[int, float]:
+    bias = {}
+    for value in values:
+        token, _, number = value.partition("=")
+        try:
+            bias[int(token)] = float(number)
+        except ValueError:
+            raise click.BadParameter(f"{value!r} is not ID=VALUE, as in 42=-5.5 or 42=-inf") from None
+    return bias
+
+
+@click.command(name="generate")
+@file_argument("model", "[MODEL]", required=False)
+@click.option("--prompt", required=True, metavar="TEXT", help='Text to go on with ("-": all of stdin).')
+@click.option("--chat", is_flag=True, help="Take the prompt as a user's message, in the model's chat template.")
+@click.option("--max-new-tokens", type=click.IntRange(min=0), default=64, show_default=True, help="Tokens at most.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=click.IntRange(min=0), default=0, help="Keep the K likeliest tokens (0: all).")
+@click.option(
+    "--top-p",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    default=1.0,
+    help="Keep the likeliest tokens that together have probability P (1: all).",
+)
+@click.option(
+    "--min-p",
+    type=click.FloatRange(min=0, max=1),
+    default=0.0,
+    help="Keep tokens at least P times as likely as the likeliest (0: all).",
+)
+@click.option("--repetition-penalty", type=float, default=1.0, help="Divides the logits of tokens seen (1: off).")
+@click.option("--presence-penalty", type=float, default=0.0, help="Taken off the logits of generated tokens.")
+@click.option("--frequency-penalty", type=float, default=0.0, help="The same, once for each occurrence.")
+@click.option(
+    "--logit-bias",
+    multiple=True,
+    callback=_parse_bias,
+    metavar="ID=VALUE",
+    help="Added to the logit of a token; -inf bans it. May be repeated.",
+)
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. May be repeated.")
+@click.option("--seed", type=click.IntRange(min=0, max=2**64 - 1), default=0, show_default=True, help="Of the draws.")
+@click.option("--logprobs", type=click.IntRange(min=0), default=0, help="Report log-probabilities of N top tokens.")
+@pre_option
+@common_options
+def command(model: Path | None, prompt: str, chat: bool, pre: str | None, as_json: bool, **settings: Any) -> None:
+    """Go on with a prompt. MODEL left out means the bundled model.
+
+    The text goes to stdout as it comes; what ran and how fast goes to stderr. Text from stdin loses one line
+    break at its end.
+    """
+    if prompt == "-":
+        prompt = read_stdin().removesuffix("\n")
+    from realm_jax.decode.generate import generate, stream
+    from realm_jax.model import load
+
+    started = time.perf_counter()
+    loaded = load(model, pre=pre)
+    load_seconds = time.perf_counter() - started
+    if chat:
+        prompt = _as_chat(loaded, prompt)
+    if as_json:
+        (completion,) = generate(loaded, [prompt], parse_special=chat, **settings)
+        output.print_json(_as_json(loaded, completion))
+        return
+    pieces = stream(loaded, prompt, parse_special=chat, **settings)
+    for piece in pieces:
+        click.echo(visible(piece) if sys.stdout.isatty() else piece, nl=False)
+    click.echo()
+    if pieces.completion.logprobs:
+        output.console(sys.stderr).print(_logprob_table(loaded.tokenizer, pieces.completion))
+    click.echo(_summary(loaded, pieces.completion, load_seconds), err=True)
+
+
+def _as_chat(model: "Model", message: str) -> str:
+    """The prompt text of one user message; its BOS, if any, is left to the tokenizer where that adds one."""
+    from realm_jax.gguf.chat import render_chat
+
+    tokenizer = model.tokenizer
+    if tokenizer is None or not tokenizer.chat_template:
+        raise RequestError(f"{model.origin.source}: has no chat template for --chat: leave --chat out")
+    bos, eos = ("" if i is None else tokenizer.pieces([i])[0] for i in (tokenizer.bos_id, tokenizer.eos_id))
+    messages = [{"role": "user", "content": message}]
+    text = render_chat(tokenizer.chat_template, messages, bos_token=bos, eos_token=eos)
+    return text.removeprefix(bos) if tokenizer.add_bos else text
+
+
+def _as_json(model: "Model", completion: "Completion") -> dict[str, Any]:
+    stats = completion.stats
+    result = {
+        "text": completion.text,
+        "tokens": completion.tokens,
+        "prompt_tokens": completion.prompt_tokens,
+        "tokens_per_second": stats.tokens_per_second,
+        "stop_reason": completion.stop_reason,
+        "speculative": None,
+        "prefill_seconds": stats.prefill_seconds,
+        "decode_seconds": stats.decode_seconds,
+        "compile_seconds": stats.compile_seconds,
+        "device": stats.device,
+        "matmul": stats.matmul,
+        "model": model.origin.source,
+    }
+    if completion.logprobs is not None:
+        piece = model.tokenizer.pieces
+        result["logprobs"] = [
+            {
+                "token": entry.token,
+                "piece": piece([entry.token])[0],
+                "logprob": entry.logprob,
+                "top": [{"token": t, "piece": piece([t])[0], "logprob": value} for t, value in entry.top],
+            }
+            for entry in completion.logprobs
+        ]
+    return result
+
+
+def _logprob_table(tokenizer: "Tokenizer", completion: "Completion") -> Any:
+    made = output.table("token", "logprob", "likeliest", numbers=("logprob",))
+    for entry in completion.logprobs or ():
+        top = ", ".join(f"{tokenizer.pieces([token])[0]!r} {value:.3f}" for token, value in entry.top)
+        output.add_row(made, repr(tokenizer.pieces([entry.token])[0]), f"{entry.logprob:.3f}", top)
+    return made
+
+
+def _summary(model: "Model", completion: "Completion", load_seconds: float) -> str:
+    """What ran and how fast, for a person."""
+    stats = completion.stats
+    reasons = {"eos": "end of text", "stop": "stop string", "length": "length reached"}
+    speed = (
+        f"{len(completion.tokens)} tokens in {stats.decode_seconds:.2f} s: {stats.tokens_per_second:.1f} tokens/s "
+        f"({reasons.get(completion.stop_reason, completion.stop_reason)})"
+    )
+    before = (
+        f"{completion.prompt_tokens} prompt tokens in {stats.prefill_seconds:.2f} s; before that "
+        f"{load_seconds:.2f} s to load, {stats.compile_seconds:.2f} s to compile"
+    )
+    weights, formats = _weights(model)
+    what = f"{model.origin.source}: {model.config.architecture}, {output.count_text(weights)} weights, {formats}"
+    return one_line(f"[{speed}; {before}]") + "\n" + one_line(f"[{what}; on {stats.device}, matmul: {stats.matmul}]")
+
+
+def _weights(model: "Model") -> tuple[int, str]:
+    """Number of weights, and the formats that hold most of them: `Q4_K 80%, Q6_K 19%`."""
+    import jax
+
+    sizes: dict[str, int] = {}
+    for weight in jax.tree.leaves(model.params, is_leaf=lambda leaf: hasattr(leaf, "format")):
+        name = weight.format if hasattr(weight, "format") else weight.dtype.name
+        sizes[name] = sizes.get(name, 0) + weight.size
+    total = sum(sizes.values())
+    largest = sorted(sizes.items(), key=lambda item: -item[1])
+    return total, ", ".join(f"{name} {size / total:.0%}" for name, size in largest if size >= total / 200)

@@ -1,0 +1,111 @@
+"""`realm perplexity`: how well a model predicts a text, and how far it is from a reference model."""
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from realm_jax.cli import output
+from realm_jax.cli.options import common_options, file_argument, pre_option
+from realm_jax.cli.text import read_text_file
+
+if TYPE_CHECKING:
+    from realm_jax.evaluate import Divergence, Perplexity
+
+DEFAULT_CONTEXT = 512  # llama.cpp's
+
+
+@click.command(name="perplexity")
+@file_argument("model", "MODEL")
+@file_argument("textfile", "TEXTFILE")
+@click.option(
+    "--context",
+    type=click.IntRange(min=3),
+    help=f"Tokens a chunk; the second half is scored. Default: {DEFAULT_CONTEXT}, or the model's own if that is less.",
+)
+@click.option(
+    "--reference",
+    type=click.Path(path_type=Path),
+    metavar="MODEL2",
+    help="Model to compare with: KL divergence and how often both put the same token first.",
+)
+@click.option("--batch", type=click.IntRange(min=1), help="Chunks to run at once (default: as memory allows, up to 8).")
+@pre_option
+@common_options
+def command(
+    model: Path,
+    textfile: Path,
+    context: int | None,
+    reference: Path | None,
+    batch: int | None,
+    pre: str | None,
+    as_json: bool,
+) -> None:
+    """Measure the perplexity of TEXTFILE, in llama.cpp's way.
+
+    The text is cut into chunks of --context tokens; a line break at its very end is left out, as llama.cpp does.
+    Needs at least two chunks.
+    """
+    text = read_text_file(textfile).removesuffix("\n")
+    from realm_jax.evaluate import Divergence, Perplexity, score, text_chunks
+    from realm_jax.model import load
+
+    loaded = load(model, pre=pre)
+    context = context or min(DEFAULT_CONTEXT, loaded.config.context_length)
+    if context > loaded.config.context_length:
+        click.echo(
+            f"warning: the model is made for {loaded.config.context_length} tokens, --context is {context}", err=True
+        )
+    chunks = text_chunks(loaded, text, context)
+    compared = load(reference, pre=pre) if reference else None
+    started = time.perf_counter()
+    with output.progress() as bar:
+        task = bar.add_task("chunks", total=len(chunks))
+        scores = score(
+            loaded, chunks, reference=compared, batch=batch, on_chunks=lambda count: bar.advance(task, count)
+        )
+    seconds = time.perf_counter() - started
+    own = Perplexity.of(scores.nll)
+    divergence = Divergence.of(scores) if compared else None
+    facts = {"tokens": scores.nll.size, "chunks": len(chunks), "context": context, "seconds": seconds}
+    if as_json:
+        output.print_json(_as_json(own, divergence) | facts)
+    else:
+        _show(own, divergence, facts)
+
+
+def _as_json(own: "Perplexity", divergence: "Divergence | None") -> dict[str, Any]:
+    result = {"perplexity": own.perplexity, "perplexity_error": own.error, "nll": own.nll.mean}
+    result["nll_error"] = own.nll.error
+    if divergence is None:
+        return result
+    reference = divergence.reference
+    result |= {"reference_perplexity": reference.perplexity, "reference_perplexity_error": reference.error}
+    for name in ("log_ratio", "kl", "top1_agreement"):
+        estimate = getattr(divergence, name)
+        key = "kl_mean" if name == "kl" else name
+        result |= {key: estimate.mean, f"{key}_error": estimate.error}
+    return result | {name: getattr(divergence, name) for name in ("kl_median", "kl_99", "kl_max")}
+
+
+def _show(own: "Perplexity", divergence: "Divergence | None", facts: dict[str, Any]) -> None:
+    made = output.table("measure", "value", "error", numbers=("value", "error"))
+    output.add_row(made, "perplexity", f"{own.perplexity:.4f}", f"{own.error:.4f}")
+    if divergence is not None:
+        reference, ratio, kl, top = divergence.reference, divergence.log_ratio, divergence.kl, divergence.top1_agreement
+        output.add_row(made, "perplexity of the reference", f"{reference.perplexity:.4f}", f"{reference.error:.4f}")
+        output.add_row(made, "ln(perplexity / reference)", f"{ratio.mean:.6f}", f"{ratio.error:.6f}")
+        output.add_row(made, "KL divergence, mean (nats)", f"{kl.mean:.6f}", f"{kl.error:.6f}")
+        output.add_row(made, "KL divergence, median", f"{divergence.kl_median:.6f}", "")
+        output.add_row(made, "KL divergence, 99%", f"{divergence.kl_99:.6f}", "")
+        output.add_row(made, "KL divergence, maximum", f"{divergence.kl_max:.6f}", "")
+        output.add_row(made, "same token first", f"{top.mean:.3%}", f"{top.error:.3%}")
+    output.console(sys.stdout).print(made)
+    speed = facts["chunks"] * facts["context"] / facts["seconds"]
+    click.echo(
+        f"{facts['tokens']} tokens scored in {facts['chunks']} chunks of {facts['context']}; "
+        f"{facts['seconds']:.1f} s, {speed:.0f} tokens/s",
+        err=True,
+    )
