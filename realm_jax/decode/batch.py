@@ -1,0 +1,166 @@
+"""One batch of requests from prompt to completions: the host's loop around the device's. Called by `decode.generate`.
+
+The device runs without a question from the host until every row is done, unless text is streamed or a row has stop
+strings: then it runs in stretches of a few steps, and the host reads the text between them.
+"""
+
+import time
+from collections.abc import Generator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from realm_jax.compilation import compile_seconds
+from realm_jax.decode import buckets
+from realm_jax.decode.completion import Completion, Stats, TokenLogprob
+from realm_jax.decode.loop import DecodeState, LogprobBuffers, Stop, decode, init_state, prefill
+from realm_jax.decode.prompts import Request
+from realm_jax.decode.stop import RowText
+from realm_jax.errors import RealmError
+from realm_jax.kernels.matmul import choose_impl
+from realm_jax.model.model import Model
+
+STRETCH = 16
+"""Most steps between two looks at the text; what a row generates beyond a stop string is thrown away."""
+STREAM_SECONDS = 0.05
+"""A stream's stretches are shortened to come about this often."""
+UNBOUNDED = 2**31 - 1
+
+
+class _Row:
+    """The host's view of one row: how many tokens it has read, their text, and why the row ended (None: it has not)."""
+
+    def __init__(self, request: Request, model: Model):
+        self.request = request
+        self.text = RowText(model.tokenizer.stream(continues=True) if model.tokenizer else None, request.settings.stop)
+        self.reason: Stop | None = None
+        self._read = len(request.tokens)
+
+    def advance(self, tokens_S: np.ndarray, length: int, stop: int) -> str:
+        """Read what the device has added; returns the new text."""
+        pieces = [self.text.push(token) for token in tokens_S[self._read : length].tolist()]
+        self._read = length
+        if stop != Stop.RUNNING and not self.text.stopped:
+            pieces.append(self.text.finish())
+        if self.text.stopped:
+            self.reason = Stop.STOP
+        elif stop != Stop.RUNNING:
+            self.reason = Stop(stop)
+        return "".join(pieces)
+
+
+class _Clock:
+    """Splits the time of a call into prefill, decoding and compiling."""
+
+    def __init__(self):
+        self.seconds = {"prefill": 0.0, "decode": 0.0, "compile": 0.0}
+
+    def add(self, name: str, started: float, compiled: float) -> float:
+        """Book the time since `started`; returns the part that was not compiling."""
+        compiling = compile_seconds() - compiled
+        running = max(time.perf_counter() - started - compiling, 0.0)
+        self.seconds[name] += running
+        self.seconds["compile"] += compiling
+        return running
+
+
+def run_batch(
+    model: Model, requests: Sequence[Request], streams: bool = False
+) -> Generator[tuple[int, str], None, list[Completion]]:
+    """Decode `requests` together. Yields (index of the prompt, next piece of its text); returns the completions.
+
+    streams: pieces come as they are generated, not all at the end. Raises RealmError if a row's logits are not finite.
+    """
+    clock = _Clock()
+    rows = [_Row(request, model) for request in requests]
+    state = _prefill(model, requests, clock)
+    stretch = 1 if streams else _stretch(rows)
+    while any(row.reason is None for row in rows):
+        started, compiled = time.perf_counter(), compile_seconds()
+        state = decode(model.params, model.config, state, stretch)
+        tokens_BS, length_B, stop_B = jax.device_get((state.tokens_BS, state.length_B, state.stop_B))
+        took = clock.add("decode", started, compiled)
+        for b, row in enumerate(rows):
+            if row.reason is None and (piece := row.advance(tokens_BS[b], length_B[b], stop_B[b])):
+                yield row.request.index, piece
+        state = _end_stopped(state, rows, stop_B)
+        stretch = (
+            _stretch(rows) if not streams else min(STRETCH, max(1, int(stretch * STREAM_SECONDS / took)), 2 * stretch)
+        )
+    return _completions(model, rows, state.logprobs, clock)
+
+
+def _prefill(model: Model, requests: Sequence[Request], clock: _Clock) -> DecodeState:
+    """A fresh state with every prompt in its cache, padded to buckets."""
+    started, compiled = time.perf_counter(), compile_seconds()
+    longest = max(len(r.tokens) + r.settings.max_new_tokens for r in requests)
+    state = init_state(
+        model.config,
+        [r.tokens for r in requests],
+        [r.settings for r in requests],
+        model.tokenizer.eog_ids if model.tokenizer else (),
+        rows=buckets.power_of_two(len(requests)),
+        size=buckets.cache_bucket(min(longest, model.config.context_length)),
+    )
+    for chunk in buckets.prefill_chunks(max(len(r.tokens) for r in requests) - 1):
+        state = prefill(model.params, model.config, state, chunk)
+    state.cache.length_B.block_until_ready()
+    clock.add("prefill", started, compiled)
+    return state
+
+
+def _stretch(rows: Sequence[_Row]) -> int:
+    """How long the device may run before the host must look for stop strings."""
+    return STRETCH if any(row.reason is None and row.request.settings.stop for row in rows) else UNBOUNDED
+
+
+def _end_stopped(state: DecodeState, rows: Sequence[_Row], stop_B: np.ndarray) -> DecodeState:
+    """Tell the device of rows that a stop string has ended."""
+    ended = [b for b, row in enumerate(rows) if row.reason is Stop.STOP and stop_B[b] == Stop.RUNNING]
+    if not ended:
+        return state
+    stop_B = stop_B.copy()
+    stop_B[ended] = Stop.STOP
+    return state.replace(stop_B=jnp.array(stop_B))
+
+
+def _completions(model: Model, rows: Sequence[_Row], buffers: LogprobBuffers | None, clock: _Clock) -> list[Completion]:
+    buffers = jax.device_get(buffers)
+    return [_completion(model, rows, b, buffers, clock) for b in range(len(rows))]
+
+
+def _completion(
+    model: Model, rows: Sequence[_Row], b: int, buffers: LogprobBuffers | None, clock: _Clock
+) -> Completion:
+    row, tokens, prompt_tokens = rows[b], rows[b].text.tokens, len(rows[b].request.tokens)
+    if row.reason is Stop.FAILED:
+        where = f"prompt {row.request.index}, after {prompt_tokens + len(tokens)} tokens"
+        raise RealmError(f"{where}: the model's logits are not finite; its weights are broken, or overflow")
+    stats = Stats(
+        prefill_seconds=clock.seconds["prefill"],
+        decode_seconds=clock.seconds["decode"],
+        compile_seconds=clock.seconds["compile"],
+        tokens_per_second=len(tokens) / clock.seconds["decode"] if tokens else 0.0,
+        rows=len(rows),
+        device=next(iter(jax.tree.leaves(model.params)[0].devices())).device_kind,
+        matmul=_matmul(model, len(rows)),
+    )
+    logprobs = None if buffers is None else _logprobs(buffers, b, prompt_tokens, tokens)
+    return Completion(row.text.text, tokens, prompt_tokens, row.reason.name.lower(), stats, logprobs)
+
+
+def _logprobs(buffers: LogprobBuffers, b: int, start: int, tokens: list[int]) -> list[TokenLogprob]:
+    ids = buffers.top_ids_BSN[b].tolist()
+    values = buffers.top_BSN[b].tolist()
+    return [
+        TokenLogprob(token, float(buffers.chosen_BS[b, i]), tuple(zip(ids[i], values[i], strict=True)))
+        for i, token in enumerate(tokens, start)
+    ]
+
+
+def _matmul(model: Model, rows: int) -> str:
+    """The matmul implementations that a decoding step of `rows` rows uses."""
+    layer = model.params.layers[0]
+    weights = [layer.attn.q, layer.ffn.gate, layer.ffn.down]
+    return "+".join(sorted({choose_impl((rows, 1, w.shape[1]), w) for w in weights}))

@@ -1,0 +1,113 @@
+"""Prompts in, completions out: `generate` and `stream`, what users and the command line call.
+
+Checks prompts and settings, makes requests of them, and runs these in batches (`decode.batch`).
+"""
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+
+from realm_jax.decode.batch import run_batch
+from realm_jax.decode.completion import Completion
+from realm_jax.decode.prompts import Prompt, make_requests
+from realm_jax.decode.settings import Settings
+from realm_jax.errors import RequestError
+from realm_jax.model.model import Model
+
+
+def generate(
+    model: Model,
+    prompts: Prompt | Sequence[Prompt],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    logit_bias: Mapping[int, float] | None = None,
+    stop: str | Sequence[str] = (),
+    seed: int = 0,
+    logprobs: int = 0,
+    add_special: bool = True,
+    parse_special: bool = False,
+    on_text: Callable[[int, str], None] | None = None,
+    batch_size: int = 32,
+) -> list[Completion]:
+    """Go on with each prompt; returns one completion a prompt, in order.
+
+    prompts: a string or a list of token ids, or a list of these. max_new_tokens to logprobs: see `Settings`. Prompt i
+    has seed `seed + i`: its tokens are those of a call with it alone and that seed. add_special, parse_special: for
+    prompts that are strings, as in `Tokenizer.encode`. on_text: called with a prompt's index and each new piece of
+    its text as it comes. batch_size: how many prompts run together at most.
+
+    A token budget that would pass the model's context length is cut to it (stop_reason "length"). Raises RequestError
+    for prompts or settings that cannot be served, and RealmError if the model's logits are not finite.
+    """
+    settings = Settings(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=logit_bias,
+        stop=stop,
+        seed=seed,
+        logprobs=logprobs,
+    )
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise RequestError(f"batch_size is {batch_size!r}; it must be a whole number, 1 or more")
+    requests = make_requests(model, prompts, settings, add_special=add_special, parse_special=parse_special)
+    completions: list[Completion] = []
+    for first in range(0, len(requests), batch_size):
+        pieces = run_batch(model, requests[first : first + batch_size], streams=on_text is not None)
+        completions += _drain(pieces, on_text)
+    return completions
+
+
+class TextStream(Iterator[str]):
+    """The pieces of one completion's text, each made of whole characters.
+
+    completion: the whole result, once the last piece has been taken; None before.
+    """
+
+    def __init__(self, pieces: Generator[tuple[int, str], None, list[Completion]]):
+        self.completion: Completion | None = None
+        self._pieces = pieces
+
+    def __next__(self) -> str:
+        try:
+            return next(self._pieces)[1]
+        except StopIteration as end:
+            if end.value is not None:
+                (self.completion,) = end.value
+            raise StopIteration from None
+
+
+def stream(
+    model: Model, prompt: Prompt, *, add_special: bool = True, parse_special: bool = False, **settings
+) -> TextStream:
+    """Go on with one prompt, piece by piece: iterate over the result for text, then read its `completion`.
+
+    settings: the fields of `Settings`, as in `generate`, which gives the same text. Errors are those of `generate`.
+    """
+    requests = make_requests(
+        model, [prompt], Settings(**settings), add_special=add_special, parse_special=parse_special
+    )
+    return TextStream(run_batch(model, requests, streams=True))
+
+
+def _drain(
+    pieces: Generator[tuple[int, str], None, list[Completion]], on_text: Callable[[int, str], None] | None
+) -> list[Completion]:
+    """Hand every piece on; returns what the generator returns."""
+    while True:
+        try:
+            index, piece = next(pieces)
+        except StopIteration as end:
+            return end.value
+        if on_text is not None:
+            on_text(index, piece)
