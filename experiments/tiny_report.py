@@ -11,6 +11,7 @@ import functools
 import shutil
 from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -145,7 +146,7 @@ def card_section(results: dict[str, Any]) -> str:
     }
     lines = [
         f"Trained on: {', '.join(environment['devices'])} ({environment['backend']}); Python {environment['python']}, "
-        f"{packages}. Command: `{' '.join(environment['command'])}`. Losses are nats a token.",
+        f"{packages}. Command: `{_command_line(environment['command'])}`. Losses are nats a token.",
         "",
         _table_row("", models),
         _table_row("---", ["---"] * len(models)),
@@ -158,6 +159,12 @@ def card_section(results: dict[str, Any]) -> str:
         lines += ["", f"Samples of the {role}, unselected (prompt → continuation):", ""]
         lines += [_sample_line(sample) for sample in model["samples"]]
     return "\n".join(lines) + "\n"
+
+
+def _command_line(words: list[str]) -> str:
+    """The command without what says only where the run was kept."""
+    changes = [f"--set {value}" for flag, value in pairwise(words) if flag == "--set"]
+    return " ".join(["python experiments/train_tiny.py", *changes])
 
 
 def _table_row(label: str, cells: Iterable[str]) -> str:
