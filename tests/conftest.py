@@ -5,6 +5,7 @@ pytest imports this file before any test module, hence before JAX reads its envi
 
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -15,7 +16,8 @@ if not ON_GPU:
 
 # No test reads or warms the user's own compilation cache; commands that tests start as processes share this one.
 _cache = tempfile.TemporaryDirectory(prefix="realm-test-cache-", ignore_cleanup_errors=True)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+for _name in ("JAX_COMPILATION_CACHE_DIR", "REALM_JAX_CACHE"):
+    os.environ.pop(_name, None)
 os.environ["XDG_CACHE_HOME"] = _cache.name
 os.environ["MPLBACKEND"] = "agg"
 os.environ["MPLCONFIGDIR"] = _cache.name
@@ -33,3 +35,61 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.path.parts[len(config.rootpath.parts) :]:
             item.add_marker(skip)
+
+
+def _byte_vocabulary() -> dict:
+    """Metadata of a small byte-level BPE vocabulary: two control tokens, 256 bytes, three merges; 261 tokens."""
+    from realm_jax.gguf.types import field
+    from realm_jax.gguf.unicode import bytes_to_text
+
+    letters = [bytes_to_text(bytes([byte])) for byte in range(256)]
+    merges = ["t h", "th e", "i n"]
+    tokens = ["<s>", "</s>", *letters, *(merge.replace(" ", "") for merge in merges)]
+    values = {
+        "model": "gpt2",
+        "pre": "gpt-2",
+        "tokens": tokens,
+        "token_type": [3, 3] + [1] * (len(tokens) - 2),
+        "merges": merges,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "add_bos_token": True,
+    }
+    fields = {f"tokenizer.ggml.{key}": field(value) for key, value in values.items()}
+    template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}</s>{% endfor %}[assistant]"
+    return fields | {"tokenizer.chat_template": field(template)}
+
+
+@pytest.fixture(scope="session")
+def make_model_file(tmp_path_factory):
+    """A function (name, seed=0, format="F32", vocabulary=...) -> path of a small random model with a vocabulary."""
+    import jax
+
+    from realm_jax.model import Config, Rope, init_params
+    from realm_jax.model.files import export
+
+    folder = tmp_path_factory.mktemp("models")
+
+    def make(name: str, seed: int = 0, format: str = "F32", vocabulary: dict | None = None) -> Path:
+        fields = _byte_vocabulary() if vocabulary is None else vocabulary
+        config = Config(
+            architecture="llama", vocab_size=len(fields["tokenizer.ggml.tokens"].value), context_length=96, layers=2,
+            width=64, ffn_width=96, heads=4, kv_heads=2, head_width=16, norm_eps=1e-5, rope=Rope(dimensions=16),
+        )  # fmt: skip
+        params = init_params(config, jax.random.key(seed))
+        export(folder / name, config, params, fields, lambda _name, shape: format if shape[-1] % 32 == 0 else "F32")
+        return folder / name
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model_file(make_model_file) -> Path:
+    """A small random model in F32 with a vocabulary of 261 tokens and a context of 96."""
+    return make_model_file("small.gguf")
+
+
+@pytest.fixture(scope="session")
+def byte_vocabulary() -> dict:
+    """Metadata fields of the vocabulary that `model_file` has."""
+    return _byte_vocabulary()

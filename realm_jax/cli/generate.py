@@ -13,7 +13,7 @@ from realm_jax.cli.text import one_line, read_stdin, visible
 from realm_jax.errors import RequestError
 
 if TYPE_CHECKING:
-    from realm_jax.decode.generate import Completion
+    from realm_jax.decode.completion import Completion
     from realm_jax.gguf.tokenizer import Tokenizer
     from realm_jax.model import Model
 
@@ -33,24 +33,36 @@ def _parse_bias(_context: click.Context, _parameter: click.Parameter, values: tu
 @file_argument("model", "[MODEL]", required=False)
 @click.option("--prompt", required=True, metavar="TEXT", help='Text to go on with ("-": all of stdin).')
 @click.option("--chat", is_flag=True, help="Take the prompt as a user's message, in the model's chat template.")
-@click.option("--max-new-tokens", type=click.IntRange(min=0), default=64, show_default=True, help="Tokens at most.")
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-k", type=click.IntRange(min=0), default=0, help="Keep the K likeliest tokens (0: all).")
+@click.option(
+    "--max-new-tokens", metavar="N", type=click.IntRange(min=0), default=64, show_default=True, help="Tokens at most."
+)
+@click.option(
+    "--temperature", metavar="T", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy."
+)
+@click.option(
+    "--top-k", metavar="K", type=click.IntRange(min=0), default=0, help="Keep the K likeliest tokens (0: all)."
+)
 @click.option(
     "--top-p",
+    metavar="P",
     type=click.FloatRange(min=0, max=1, min_open=True),
     default=1.0,
     help="Keep the likeliest tokens that together have probability P (1: all).",
 )
 @click.option(
     "--min-p",
+    metavar="P",
     type=click.FloatRange(min=0, max=1),
     default=0.0,
     help="Keep tokens at least P times as likely as the likeliest (0: all).",
 )
-@click.option("--repetition-penalty", type=float, default=1.0, help="Divides the logits of tokens seen (1: off).")
-@click.option("--presence-penalty", type=float, default=0.0, help="Taken off the logits of generated tokens.")
-@click.option("--frequency-penalty", type=float, default=0.0, help="The same, once for each occurrence.")
+@click.option(
+    "--repetition-penalty", metavar="X", type=float, default=1.0, help="Divides the logits of tokens seen (1: off)."
+)
+@click.option(
+    "--presence-penalty", metavar="X", type=float, default=0.0, help="Taken off the logits of generated tokens."
+)
+@click.option("--frequency-penalty", metavar="X", type=float, default=0.0, help="The same, once for each occurrence.")
 @click.option(
     "--logit-bias",
     multiple=True,
@@ -59,8 +71,10 @@ def _parse_bias(_context: click.Context, _parameter: click.Parameter, values: tu
     help="Added to the logit of a token; -inf bans it. May be repeated.",
 )
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. May be repeated.")
-@click.option("--seed", type=click.IntRange(min=0, max=2**64 - 1), default=0, show_default=True, help="Of the draws.")
-@click.option("--logprobs", type=click.IntRange(min=0), default=0, help="Report log-probabilities of N top tokens.")
+@click.option("--seed", metavar="S", type=click.IntRange(min=0, max=2**64 - 1), default=0, help="Seed of the draws.")
+@click.option(
+    "--logprobs", metavar="N", type=click.IntRange(min=0), default=0, help="Report log-probabilities of N top tokens."
+)
 @pre_option
 @common_options
 def command(model: Path | None, prompt: str, chat: bool, pre: str | None, as_json: bool, **settings: Any) -> None:
@@ -85,11 +99,16 @@ def command(model: Path | None, prompt: str, chat: bool, pre: str | None, as_jso
         return
     pieces = stream(loaded, prompt, parse_special=chat, **settings)
     for piece in pieces:
-        click.echo(visible(piece) if sys.stdout.isatty() else piece, nl=False)
+        click.echo(visible(piece) if to_terminal() else piece, nl=False)
     click.echo()
     if pieces.completion.logprobs:
         output.console(sys.stderr).print(_logprob_table(loaded.tokenizer, pieces.completion))
     click.echo(_summary(loaded, pieces.completion, load_seconds), err=True)
+
+
+def to_terminal() -> bool:
+    """Whether stdout is a terminal, which control characters must not reach."""
+    return sys.stdout.isatty()
 
 
 def _as_chat(model: "Model", message: str) -> str:

@@ -22,6 +22,7 @@ DEFAULT_CONTEXT = 512  # llama.cpp's
 @file_argument("textfile", "TEXTFILE")
 @click.option(
     "--context",
+    metavar="N",
     type=click.IntRange(min=3),
     help=f"Tokens a chunk; the second half is scored. Default: {DEFAULT_CONTEXT}, or the model's own if that is less.",
 )
@@ -31,7 +32,12 @@ DEFAULT_CONTEXT = 512  # llama.cpp's
     metavar="MODEL2",
     help="Model to compare with: KL divergence and how often both put the same token first.",
 )
-@click.option("--batch", type=click.IntRange(min=1), help="Chunks to run at once (default: as memory allows, up to 8).")
+@click.option(
+    "--batch",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Chunks to run at once (default: as memory allows, up to 8).",
+)
 @pre_option
 @common_options
 def command(
