@@ -307,14 +307,22 @@ BAD_KEYS = [
     ("string", key("k", STRING, struct.pack("<Q", 2**64 - 1) + REST), "key 'k' needs 18,446,744,073,709,551,615"),
     ("array", array("k", ValueType.UINT8, 2**40, REST), "the array of key 'k' needs 1,099,511,627,776 bytes"),
     ("array overflow", array("k", ValueType.UINT64, 2**61 + 1, REST), "key 'k' needs 18,446,744,073,709,551,624 bytes"),
-    ("strings", array("k", STRING, 2**61, REST), "key 'k' has 2,305,843,009,213,693,952 strings: at most 4,194,304"),
+    (
+        "strings",
+        array("k", STRING, 2**61, REST),
+        "key 'k' has 2,305,843,009,213,693,952 strings: all arrays together may have 4,194,304",
+    ),
     ("strings", array("k", STRING, 4_000_000, REST), "key 'k' needs 32,000,000 bytes"),
     (
         "string in array",
         array("k", STRING, 2, packed_string("ab") + struct.pack("<Q", 2**50) + REST),
         "string 1 of key 'k' needs 1,125,899,906,842,624 bytes",
     ),
-    ("arrays", array("k", ARRAY, 2**62, REST), "key 'k' holds over 65,536 arrays inside arrays"),
+    (
+        "arrays",
+        array("k", ARRAY, 2**62, REST),
+        "key 'k' holds 4,611,686,018,427,387,904 arrays inside an array: a file may have 65,536",
+    ),
     ("arrays", array("k", ARRAY, 60_000, REST), "key 'k' needs 720,000 bytes"),
     ("deep", array("k", ARRAY, 1, struct.pack("<IQ", ARRAY, 1) * 1000), "key 'k' nests arrays more than 4 deep"),
     ("long name shown", key("k" * 300, 77, REST), "'... (300 long) has value type 77"),
@@ -442,6 +450,13 @@ def test_claims_backed_by_a_huge_file_take_no_memory(tmp_path, bad):
     assert "key 'k'" in message
 
 
+def test_strings_are_counted_over_all_keys(tmp_path):
+    strings = [array(f"k{i}", STRING, 2**21, bytes(2**24)) for i in range(3)]
+    assert "key 'k2' has 2,097,152 strings: all arrays together may have 4,194,304" in refusal(
+        header(strings), tmp_path
+    )
+
+
 def test_many_large_strings_are_bounded_together(tmp_path):
     """Each fits, all together do not: the header as a whole is bounded."""
     path = tmp_path / "hostile.gguf"
@@ -508,6 +523,20 @@ def test_split_model_loads_as_one(tmp_path):
         assert [(t.name, t.shard) for t in file.tensors.values()] == [("t0", 0), ("t1", 1), ("t2", 2)]
         assert [file.raw(n).view("<f4")[0] for n in file.tensors] == [0.0, 1.0, 2.0]
         file.release("t2")
+
+
+def test_split_model_written_by_the_gguf_package(tmp_path):
+    writer = gguf_package.GGUFWriter(tmp_path / "m.gguf", "llama", split_max_tensors=2)
+    for i in range(5):
+        writer.add_tensor(f"t{i}", np.full((2, 3), i, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with open_gguf(tmp_path / "m-00001-of-00003.gguf") as file:
+        assert file.metadata == {"general.architecture": "llama"}
+        assert [t.shard for t in file.tensors.values()] == [0, 0, 1, 1, 2]
+        assert [file.raw(f"t{i}").view(np.float32)[0, 0] for i in range(5)] == [0, 1, 2, 3, 4]
 
 
 def test_split_model_whose_first_file_has_no_tensors(tmp_path):

@@ -6,10 +6,11 @@ import struct
 from ..errors import GGUFError
 from .types import shown
 
-# Metadata and tensor list together; the largest vocabularies in use take a tenth of it. It bounds the memory that
-# a hostile file can ask for.
+# These bound the memory that a hostile file can ask for, to about 1 GiB. The largest vocabularies in use take a
+# tenth: a million strings, 20 MB of metadata and tensor list together.
 MAX_HEADER_BYTES = 128 * 2**20
-MAX_STRINGS = 2**22
+MAX_STRINGS = 2**22  # in all arrays of a file
+MAX_NESTED_ARRAYS = 2**16  # arrays inside arrays, in all of a file
 
 _U64 = struct.Struct("<Q")
 
@@ -26,6 +27,8 @@ class Cursor:
         self.source = source
         self.position = 0
         self.limit = min(len(buffer), MAX_HEADER_BYTES)
+        self._strings_left = MAX_STRINGS
+        self._arrays_left = MAX_NESTED_ARRAYS
 
     def error(self, message: str) -> GGUFError:
         """The error to raise about this file."""
@@ -80,8 +83,9 @@ class Cursor:
 
     def strings(self, count: int, what: str) -> list[str]:
         """`count` strings, as `string` reads them. Written out for speed: vocabularies have some 400,000."""
-        if count > MAX_STRINGS:
-            raise self.error(f"{what} has {count:,} strings: at most {MAX_STRINGS:,} are allowed")
+        if count > self._strings_left:
+            raise self.error(f"{what} has {count:,} strings: all arrays together may have {MAX_STRINGS:,}")
+        self._strings_left -= count
         self.need(count * _U64.size, what)
         buffer, position, limit, unpack = self.buffer, self.position, self.limit, _U64.unpack_from
         texts = []
@@ -97,3 +101,12 @@ class Cursor:
             self.string(f"string {len(texts):,} of {what}")  # does not fit: raises, saying why
         self.position = position
         return texts
+
+    def nested_arrays(self, count: int, least_bytes: int, what: str) -> None:
+        """Refuses `count` arrays of `least_bytes` or more inside an array if they do not fit or are too many."""
+        if count > self._arrays_left:
+            raise self.error(
+                f"{what} holds {count:,} arrays inside an array: a file may have {MAX_NESTED_ARRAYS:,} of them"
+            )
+        self._arrays_left -= count
+        self.need(count * least_bytes, what)

@@ -108,15 +108,19 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     """
     path = Path(path)
     shards: list[_Shard] = []
+    owners: dict[str, Path] = {}
     try:
         shards.append(_open_shard(path, 0))
-        paths = split_paths(path, shards[0].header.fields)
+        fields = shards[0].header.fields
+        paths = split_paths(path, fields)
+        _claim_names(owners, shards[0])
         for number, sibling in enumerate(paths[1:], 1):
             shards.append(_open_shard(sibling, number))
             check_shard(sibling, shards[-1].header, number, len(paths))
-            _check_distinct(shards)
+            shards[-1].header.fields.clear()  # the first file speaks for all; the rest need not stay in memory
+            _claim_names(owners, shards[-1])
         if len(paths) > 1:
-            check_tensor_count(path, shards[0].header.fields, sum(len(s.header.tensors) for s in shards))
+            check_tensor_count(path, fields, len(owners))
         return GGUFFile(shards)
     except BaseException:
         _close([shard.map for shard in shards])
@@ -150,17 +154,17 @@ def _map(path: Path) -> mmap.mmap:
         raise file_error(path, f"cannot be read: {reason}") from None
 
 
-def _check_distinct(shards: list[_Shard]) -> None:
-    newest = shards[-1]
-    for earlier in shards[:-1]:
-        if both := newest.header.tensors.keys() & earlier.header.tensors.keys():
-            raise file_error(
-                newest.path,
-                f"tensor {shown(min(both))} stands in {shown_path(earlier.path.name)} too: "
-                "each tensor must stand in one file",
-            )
-    if sum(len(shard.header.tensors) for shard in shards) > MAX_TENSORS:
-        raise file_error(newest.path, f"the files up to here hold over {MAX_TENSORS:,} tensors, the most allowed")
+def _claim_names(owners: dict[str, Path], shard: _Shard) -> None:
+    """Enters the tensors of a shard into `owners`, name -> file; refuses a name that another file has."""
+    if both := owners.keys() & shard.header.tensors.keys():
+        name = min(both)
+        raise file_error(
+            shard.path,
+            f"tensor {shown(name)} stands in {shown_path(owners[name].name)} too: each tensor must stand in one file",
+        )
+    owners |= dict.fromkeys(shard.header.tensors, shard.path)
+    if len(owners) > MAX_TENSORS:
+        raise file_error(shard.path, f"the files up to here hold over {MAX_TENSORS:,} tensors, the most allowed")
 
 
 def _close(maps: list[mmap.mmap]) -> None:

@@ -9,7 +9,6 @@ from .cursor import MAX_STRINGS, Cursor
 from .types import DTYPES, Field, ValueType, shown
 
 MAX_ARRAY_DEPTH = 4
-MAX_NESTED_ARRAYS = 2**16
 
 _SCALARS = {
     ValueType.UINT8: struct.Struct("<B"),
@@ -34,7 +33,7 @@ def read_field(cursor: Cursor, key: str) -> Field:
     what = f"key {shown(key)}"
     value_type = _value_type(cursor, cursor.unpack(_TYPE, f"the type of {what}")[0], what)
     if value_type is ValueType.ARRAY:
-        return _read_array(cursor, what, depth=1, budget=[MAX_NESTED_ARRAYS])
+        return _read_array(cursor, what, depth=1)
     if value_type is ValueType.STRING:
         return Field(value_type, cursor.string(what))
     value = cursor.unpack(_SCALARS[value_type], what)[0]
@@ -53,25 +52,21 @@ def _value_type(cursor: Cursor, number: int, what: str) -> ValueType:
         raise cursor.error(f"{what} has value type {number}: GGUF knows {known}") from None
 
 
-def _read_array(cursor: Cursor, what: str, depth: int, budget: list[int]) -> Field:
-    """An array; `budget` holds how many more arrays may stand inside arrays of this key."""
+def _read_array(cursor: Cursor, what: str, depth: int) -> Field:
     number, count = cursor.unpack(_ARRAY_HEAD, f"the array of {what}")
     item_type = _value_type(cursor, number, what)
     if item_type is ValueType.STRING:
         return Field(ValueType.ARRAY, cursor.strings(count, what), item_type)
     if item_type is ValueType.ARRAY:
-        return Field(ValueType.ARRAY, _read_nested(cursor, what, count, depth, budget), item_type)
+        return Field(ValueType.ARRAY, _read_nested(cursor, what, count, depth), item_type)
     return Field(ValueType.ARRAY, _read_numbers(cursor, what, count, item_type), item_type)
 
 
-def _read_nested(cursor: Cursor, what: str, count: int, depth: int, budget: list[int]) -> list[Field]:
+def _read_nested(cursor: Cursor, what: str, count: int, depth: int) -> list[Field]:
     if depth == MAX_ARRAY_DEPTH:
         raise cursor.error(f"{what} nests arrays more than {MAX_ARRAY_DEPTH} deep, which is the most allowed")
-    budget[0] -= count
-    if budget[0] < 0:
-        raise cursor.error(f"{what} holds over {MAX_NESTED_ARRAYS:,} arrays inside arrays, which is the most allowed")
-    cursor.need(count * _ARRAY_HEAD.size, what)
-    return [_read_array(cursor, what, depth + 1, budget) for _ in range(count)]
+    cursor.nested_arrays(count, _ARRAY_HEAD.size, what)
+    return [_read_array(cursor, what, depth + 1) for _ in range(count)]
 
 
 def _read_numbers(cursor: Cursor, what: str, count: int, item_type: ValueType) -> np.ndarray:
