@@ -1,0 +1,20 @@
+"""ggml block formats: raw blocks <-> planes <-> floats."""
+
+from realm_jax.quant.formats import DENSE_FORMATS, FORMATS, check_finite, get_format, row_bytes
+from realm_jax.quant.layout import Affine, Field, Format
+from realm_jax.quant.tensor import QuantizedTensor, dequantize, load_weight, raw_bytes
+
+__all__ = [
+    "DENSE_FORMATS",
+    "FORMATS",
+    "Affine",
+    "Field",
+    "Format",
+    "QuantizedTensor",
+    "check_finite",
+    "dequantize",
+    "get_format",
+    "load_weight",
+    "raw_bytes",
+    "row_bytes",
+]

@@ -1,0 +1,178 @@
+"""What a ggml block format is made of, and how raw blocks become planes and planes raw blocks (numpy, on the host).
+
+A *plane* holds one field of all blocks of a tensor. Rows stay rows: a tensor of shape (..., N, K) has planes
+(..., N, *tail). Multi-byte fields are read as 32-bit words and laid out *word-major*, (..., N, W, C): word i of all
+chunks of a row stands together. A *chunk* is the unit in which the bit layout of a format repeats (64 weights for
+Q4_K), C = G * chunks of them in a row of G blocks. Kernels then load neighbouring chunks as wide vectors.
+
+`blocks_legacy` and `blocks_k` describe the formats in these terms; `formats` collects them; `tensor` uses them.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from realm_jax.errors import RealmError
+
+STRIPE_BYTES = 1 << 18  # rows are moved in stripes of about this size, to stay in cache
+ALIGNMENT = 64  # what XLA's CPU backend wants of a buffer that it uses without a copy
+
+
+class Field(NamedTuple):
+    """One field of a block and the plane it becomes.
+
+    name: of the plane. offset: of the field in the block, in bytes. dtype: of the plane's items.
+    chunks: chunks of a block. words: items of a chunk; 0 says one item a chunk and no word axis.
+    floats: the names of the floating-point scales in one item; two float16 share a uint32 word, low half first.
+    raw_words, unpack, pack: for a field whose bits are re-arranged: how many uint32 words it takes in the block, and
+    the two functions (..., raw_words) -> (..., chunks, max(words, 1)) and back.
+    """
+
+    name: str
+    offset: int
+    dtype: type
+    chunks: int = 1
+    words: int = 0
+    floats: tuple[str, ...] = ()
+    raw_words: int = 0
+    unpack: Callable[[np.ndarray], np.ndarray] | None = None
+    pack: Callable[[np.ndarray], np.ndarray] | None = None
+
+    def tail(self, blocks: int) -> tuple[int, ...]:
+        """The shape of the plane after the row axes, for rows of so many blocks."""
+        return (self.words, blocks * self.chunks) if self.words else (blocks * self.chunks,)
+
+
+class Affine(NamedTuple):
+    """Blocks in a common form: weight = scale * code + offset, in each of `S` sub-blocks of `n` weights.
+
+    codes: int32 (..., G, S, n). scale: float32 (..., G, S). offset: the same, or None where a format has none.
+    """
+
+    codes: jax.Array
+    scale: jax.Array
+    offset: jax.Array | None = None
+
+
+def plain_product(scale: jax.Array, codes: jax.Array) -> jax.Array:
+    return scale * codes.astype(jnp.float32)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A ggml block format: data, and what its bits mean.
+
+    fields: cover every byte of a block once. decode: planes -> Affine. encode: float32 (..., K) -> planes, or None
+    where there is no encoder yet. product: scale times code in float32.
+    """
+
+    name: str
+    block_size: int
+    block_bytes: int
+    fields: tuple[Field, ...]
+    decode: Callable[[dict[str, jax.Array]], Affine]
+    encode: Callable[[jax.Array], dict[str, jax.Array]] | None = None
+    product: Callable[[jax.Array, jax.Array], jax.Array] = plain_product
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.block_bytes / self.block_size
+
+    def dequantize(self, planes: dict[str, jax.Array]) -> jax.Array:
+        """Planes to float32 (..., K), bit for bit what ggml's reference gives.
+
+        All products but Q8_K's are exact in float32 (11 bits of a float16 scale, at most 8 of a sub-block scale or
+        code and 5 of the other), so it does not matter whether a compiler fuses the product with the addition.
+        """
+        codes, scale, offset = self.decode(planes)
+        weights = self.product(scale[..., None], codes)
+        if offset is not None:
+            weights = weights + offset[..., None]
+        return weights.reshape(*weights.shape[:-3], -1)
+
+    def blocks_in_row(self, width: int) -> int:
+        """How many blocks a row of `width` weights has; RealmError unless it is a whole number."""
+        if width % self.block_size:
+            raise RealmError(
+                f"{self.name}: a row of {width} weights is not a whole number of blocks; "
+                f"it must be a multiple of {self.block_size}"
+            )
+        return width // self.block_size
+
+    def split(self, raw: np.ndarray) -> dict[str, np.ndarray]:
+        """Raw blocks, uint8 (..., G * block_bytes), to planes; the inverse of `join` for any bytes."""
+        raw = np.ascontiguousarray(raw)
+        blocks, rest = divmod(raw.shape[-1], self.block_bytes)
+        if rest:
+            raise RealmError(f"{self.name}: a row of {raw.shape[-1]} bytes is not whole blocks of {self.block_bytes}")
+        rows = raw.reshape(-1, raw.shape[-1])
+        planes = {f.name: aligned_empty((len(rows), *f.tail(blocks)), f.dtype) for f in self.fields}
+        for stripe in stripes(rows):
+            for field in self.fields:
+                plane = chunk_view(field, planes[field.name][stripe], blocks)
+                items = self._items(field, rows[stripe], blocks)
+                plane[...] = field.unpack(items) if field.unpack else items
+        return {name: plane.reshape(*raw.shape[:-1], *plane.shape[1:]) for name, plane in planes.items()}
+
+    def join(self, planes: dict[str, np.ndarray]) -> np.ndarray:
+        """Planes to raw blocks, uint8 (..., G * block_bytes)."""
+        first = self.fields[0]
+        lead = planes[first.name].shape[: -len(first.tail(1))]
+        blocks = planes[first.name].shape[-1] // first.chunks
+        raw = np.empty((*lead, blocks * self.block_bytes), np.uint8)
+        rows = raw.reshape(-1, raw.shape[-1])
+        flat = {f.name: np.asarray(planes[f.name]).reshape(len(rows), *f.tail(blocks)) for f in self.fields}
+        for stripe in stripes(rows):
+            for field in self.fields:
+                plane = chunk_view(field, flat[field.name][stripe], blocks)
+                self._items(field, rows[stripe], blocks)[...] = field.pack(plane) if field.pack else plane
+        return raw
+
+    def _items(self, field: Field, rows: np.ndarray, blocks: int) -> np.ndarray:
+        """A view of the field in rows of raw bytes: (rows, G, chunks, words), or (rows, G, raw_words)."""
+        tail = (field.raw_words,) if field.raw_words else (field.chunks, max(field.words, 1))
+        return block_view(rows, self.block_bytes, field.offset, np.uint32 if field.raw_words else field.dtype, tail)
+
+    def scale_views(self, rows: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """Every floating-point scale in rows of raw blocks: its name and a view of its bits, (rows, G)."""
+        for field in self.fields:
+            for index, name in enumerate(field.floats):
+                dtype = np.dtype(np.uint32 if field.dtype is np.float32 else np.uint16)
+                offset = field.offset + index * dtype.itemsize
+                yield name, block_view(rows, self.block_bytes, offset, dtype, ())
+
+
+def block_view(rows: np.ndarray, block_bytes: int, offset: int, dtype: type, tail: tuple[int, ...]) -> np.ndarray:
+    """Items at one offset of every block, without a copy: rows uint8 (R, G * block_bytes) to (R, G, *tail)."""
+    count, row_bytes = rows.shape
+    shape = (count, row_bytes // block_bytes, *tail)
+    if 0 in shape:
+        return np.empty(shape, dtype)
+    inner = [np.dtype(dtype).itemsize]
+    for size in reversed(tail[1:]):
+        inner.insert(0, inner[0] * size)
+    strides = (rows.strides[0], block_bytes, *(inner if tail else ()))
+    return np.ndarray(shape, dtype, rows, offset, strides)
+
+
+def chunk_view(field: Field, plane: np.ndarray, blocks: int) -> np.ndarray:
+    """A plane (R, [W,] G * chunks) seen in the order of the file: (R, G, chunks, max(W, 1))."""
+    return plane.reshape(len(plane), max(field.words, 1), blocks, field.chunks).transpose(0, 2, 3, 1)
+
+
+def stripes(rows: np.ndarray) -> Iterator[slice]:
+    """Slices over the rows of a 2-D array, each of about STRIPE_BYTES."""
+    step = max(1, STRIPE_BYTES // max(1, rows[:1].nbytes))
+    return (slice(start, start + step) for start in range(0, len(rows), step))
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An uninitialized array at a 64-byte boundary, which XLA's CPU backend can use in place."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
