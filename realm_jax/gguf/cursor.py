@@ -3,8 +3,8 @@
 import mmap
 import struct
 
-from ..errors import GGUFError
-from .types import shown
+from realm_jax.errors import GGUFError
+from realm_jax.gguf.types import shown
 
 # These bound the memory that a hostile file can ask for, to about 1 GiB. The largest vocabularies in use take a
 # tenth: a million strings, 20 MB of metadata and tensor list together.

@@ -10,10 +10,10 @@ import mmap
 import struct
 from dataclasses import dataclass
 
-from ..errors import GGUFError
-from .cursor import Cursor
-from .types import GGML_TYPES, REMOVED_TYPES, Field, GGMLType, TensorInfo, ValueType, shown
-from .values import read_field
+from realm_jax.errors import GGUFError
+from realm_jax.gguf.cursor import Cursor
+from realm_jax.gguf.types import GGML_TYPES, REMOVED_TYPES, Field, GGMLType, TensorInfo, ValueType, shown
+from realm_jax.gguf.values import read_field
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from .header import MAX_TENSORS, Header, read_header
-from .split import SPLIT_KEYS, check_shard, check_tensor_count, split_paths
-from .types import TYPE_BY_NAME, Field, TensorInfo, file_error, shown, shown_path
+from realm_jax.gguf.header import MAX_TENSORS, Header, read_header
+from realm_jax.gguf.split import SPLIT_KEYS, check_shard, check_tensor_count, split_paths
+from realm_jax.gguf.types import TYPE_BY_NAME, Field, TensorInfo, file_error, shown, shown_path
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ written in a file. Keys: `split.no` (from 0), `split.count`, `split.tensors.coun
 
 from pathlib import Path
 
-from .header import Header
-from .types import Field, file_error, shown, shown_path
+from realm_jax.gguf.header import Header
+from realm_jax.gguf.types import Field, file_error, shown, shown_path
 
 NUMBER_KEY = "split.no"
 COUNT_KEY = "split.count"

@@ -10,7 +10,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.constants import GGUFValueType as ValueType
 
-from ..errors import GGUFError
+from realm_jax.errors import GGUFError
 
 __all__ = [
     "GGML_TYPES",

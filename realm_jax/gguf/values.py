@@ -4,9 +4,9 @@ import struct
 
 import numpy as np
 
-from ..errors import GGUFError
-from .cursor import MAX_STRINGS, Cursor
-from .types import DTYPES, Field, ValueType, shown
+from realm_jax.errors import GGUFError
+from realm_jax.gguf.cursor import MAX_STRINGS, Cursor
+from realm_jax.gguf.types import DTYPES, Field, ValueType, shown
 
 MAX_ARRAY_DEPTH = 4
 

@@ -15,9 +15,9 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from ..errors import GGUFError
-from .cursor import MAX_HEADER_BYTES
-from .header import (
+from realm_jax.errors import GGUFError
+from realm_jax.gguf.cursor import MAX_HEADER_BYTES
+from realm_jax.gguf.header import (
     ALIGNMENT_KEY,
     MAGIC,
     MAX_DIMENSIONS,
@@ -30,8 +30,8 @@ from .header import (
     padded,
     tensor_bytes,
 )
-from .types import TYPE_BY_NAME, Field, GGMLType, ValueType, file_error, shown, shown_path
-from .values import encode_field, encode_string
+from realm_jax.gguf.types import TYPE_BY_NAME, Field, GGMLType, ValueType, file_error, shown, shown_path
+from realm_jax.gguf.values import encode_field, encode_string
 
 VERSION = 3
 
