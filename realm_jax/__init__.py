@@ -14,12 +14,12 @@ from realm_jax.errors import RequestError as RequestError
 if TYPE_CHECKING:
     from realm_jax.decode.generate import Completion, generate, stream
     from realm_jax.model import Model, forward, load, save
-    from realm_jax.quant.tensor import QuantizedTensor, dequantize, quantize
+    from realm_jax.quant import QuantizedTensor, dequantize, quantize
 
 _HOMES = {
     "realm_jax.decode.generate": ("Completion", "generate", "stream"),
     "realm_jax.model": ("Model", "forward", "load", "save"),
-    "realm_jax.quant.tensor": ("QuantizedTensor", "dequantize", "quantize"),
+    "realm_jax.quant": ("QuantizedTensor", "dequantize", "quantize"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

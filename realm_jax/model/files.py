@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from realm_jax import quant
 from realm_jax.compilation import enable_compilation_cache
 from realm_jax.errors import GGUFError, RealmError
 from realm_jax.gguf.reader import GGUFFile, open_gguf
@@ -25,7 +26,7 @@ from realm_jax.model.config import Config
 from realm_jax.model.model import Model, Origin
 from realm_jax.model.params import Params, TensorSpec, Weight, build_params, get_weight, tensor_specs
 from realm_jax.quant.formats import check_finite
-from realm_jax.quant.tensor import load_weight, quantize, raw_bytes
+from realm_jax.quant.tensor import QuantizedTensor, load_weight, raw_bytes
 
 # Tables of old converters that follow from the hyperparameters; llama.cpp skips them too.
 DERIVED = (".attn_rot_embd.weight", ".rope_freqs.weight", ".attention.rotary_emb.inv_freq")
@@ -87,7 +88,8 @@ def _check_tensors(file: GGUFFile, config: Config) -> dict[str, TensorSpec]:
         spec = specs.get(name)
         if spec is None and not name.endswith(DERIVED):
             raise GGUFError(
-                f"{source}: tensor {shown(name)} has no place in a {config.architecture} model of {config.layers} layers"
+                f"{source}: tensor {shown(name)} has no place in a {config.architecture} model "
+                f"of {config.layers} layers"
             )
         if spec is not None and info.shape != spec.shape:
             raise GGUFError(f"{source}: tensor {name} has shape {info.shape}; the hyperparameters make it {spec.shape}")
@@ -141,7 +143,7 @@ def _same(raw: np.ndarray) -> np.ndarray:
 
 
 def _format_of(weight: Weight) -> str:
-    if hasattr(weight, "format"):
+    if isinstance(weight, QuantizedTensor):
         return weight.format
     return {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[str(weight.dtype)]
 
@@ -180,4 +182,4 @@ def export(
 
 
 def _encode(weight: jax.Array, format: str) -> np.ndarray:
-    return raw_bytes(quantize(jnp.asarray(weight, jnp.float32), format))[1]
+    return raw_bytes(quant.quantize(jnp.asarray(weight, jnp.float32), format))[1]
