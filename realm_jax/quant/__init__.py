@@ -1,5 +1,6 @@
 """ggml block formats: raw blocks <-> planes <-> floats."""
 
+from realm_jax.quant.encode import quantize
 from realm_jax.quant.formats import DENSE_FORMATS, FORMATS, check_finite, get_format, row_bytes
 from realm_jax.quant.layout import Affine, Field, Format
 from realm_jax.quant.tensor import QuantizedTensor, dequantize, load_weight, raw_bytes
@@ -15,6 +16,7 @@ __all__ = [
     "dequantize",
     "get_format",
     "load_weight",
+    "quantize",
     "raw_bytes",
     "row_bytes",
 ]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from realm_jax.quant import encode_k, encode_legacy
 from realm_jax.quant.layout import Affine, Field, Format
 from realm_jax.quant.words import exact_product, unpack, unpack_bytes, unpack_halves
 
@@ -143,26 +144,33 @@ SIX_BIT_SCALES = Field(
 Q2_K = Format(
     "Q2_K", 256, 84,
     (D_AND_MIN._replace(offset=80), words("scales", 0, 2, 2), words("qs", 16, 2, 8)),
-    decode_q2_k,
+    decode_q2_k, encode_k.encode_q2_k,
 )  # fmt: skip
 Q3_K = Format(
     "Q3_K", 256, 110,
     (Field("d", 108, np.float16, floats=("d",)), SIX_BIT_SCALES, words("hmask", 0, 1, 8), words("qs", 32, 2, 8)),
-    decode_q3_k,
+    decode_q3_k, encode_k.encode_q3_k,
 )  # fmt: skip
-Q4_K = Format("Q4_K", 256, 144, (D_AND_MIN, SCALES_AND_MINS, words("qs", 16, 4, 8)), decode_q4_k)
-Q5_K = Format("Q5_K", 256, 176, (D_AND_MIN, SCALES_AND_MINS, words("qh", 16, 1, 8), words("qs", 48, 4, 8)), decode_q5_k)
+Q4_K = Format("Q4_K", 256, 144, (D_AND_MIN, SCALES_AND_MINS, words("qs", 16, 4, 8)), decode_q4_k, encode_k.encode_q4_k)
+Q5_K = Format(
+    "Q5_K",
+    256,
+    176,
+    (D_AND_MIN, SCALES_AND_MINS, words("qh", 16, 1, 8), words("qs", 48, 4, 8)),
+    decode_q5_k,
+    encode_k.encode_q5_k,
+)
 Q6_K = Format(
     "Q6_K", 256, 210,
     (
         Field("d", 208, np.float16, floats=("d",)),
         words("scales", 192, 2, 2), words("ql", 0, 2, 16), words("qh", 128, 2, 8),
     ),
-    decode_q6_k,
+    decode_q6_k, encode_k.encode_q6_k,
 )  # fmt: skip
 Q8_K = Format(
     "Q8_K", 256, 292,
     (Field("d", 0, np.float32, floats=("d",)), words("qs", 4, 8, 8), words("bsums", 260, 1, 8)),
-    decode_q8_k,
+    decode_q8_k, encode_legacy.encode_q8_k,
     product=exact_product,
 )  # fmt: skip

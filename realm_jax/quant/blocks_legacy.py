@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from realm_jax.quant import encode_legacy as encode
 from realm_jax.quant.layout import Affine, Field, Format
 from realm_jax.quant.words import unpack, unpack_bytes, unpack_halves
 
@@ -79,9 +80,9 @@ def codes(offset: int, words: int) -> Field:
     return Field("qs", offset, np.uint32, words=words)
 
 
-Q4_0 = Format("Q4_0", 32, 18, (HALF, codes(2, 4)), decode_q4_0)
-Q4_1 = Format("Q4_1", 32, 20, (D_AND_M, codes(4, 4)), decode_q4_1)
-Q5_0 = Format("Q5_0", 32, 22, (HALF, high_bits(2), codes(6, 4)), decode_q5_0)
-Q5_1 = Format("Q5_1", 32, 24, (D_AND_M, high_bits(4), codes(8, 4)), decode_q5_1)
-Q8_0 = Format("Q8_0", 32, 34, (HALF, codes(2, 8)), decode_q8_0)
-Q8_1 = Format("Q8_1", 32, 36, (D_AND_SUM, codes(4, 8)), decode_q8_1)
+Q4_0 = Format("Q4_0", 32, 18, (HALF, codes(2, 4)), decode_q4_0, encode.encode_centered(4))
+Q4_1 = Format("Q4_1", 32, 20, (D_AND_M, codes(4, 4)), decode_q4_1, encode.encode_with_min(4))
+Q5_0 = Format("Q5_0", 32, 22, (HALF, high_bits(2), codes(6, 4)), decode_q5_0, encode.encode_centered(5))
+Q5_1 = Format("Q5_1", 32, 24, (D_AND_M, high_bits(4), codes(8, 4)), decode_q5_1, encode.encode_with_min(5))
+Q8_0 = Format("Q8_0", 32, 34, (HALF, codes(2, 8)), decode_q8_0, encode.encode_q8_0)
+Q8_1 = Format("Q8_1", 32, 36, (D_AND_SUM, codes(4, 8)), decode_q8_1, encode.encode_q8_1)
