@@ -92,6 +92,29 @@ def fit_scale(x: jax.Array, low: int) -> jax.Array:
     return jnp.where(jnp.abs(extreme) < NEGLIGIBLE, 0, scale)
 
 
+def descend_scale(x: jax.Array, low: int, rounds: int = 5) -> jax.Array:
+    """As `fit_scale`, by coordinate descent: each code in turn moves to where the scale of all the others wants it."""
+    weights = x**2
+    extreme = largest(x)
+    codes = jnp.clip(jnp.round(low / safe(extreme) * x), low, -low - 1)
+    start = codes, (weights * codes * x).sum(-1), (weights * codes**2).sum(-1)
+
+    def move(step: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        codes, sum_cx, sum_cc = state
+        at = step % x.shape[-1]
+        x_i, w_i, c_i = (lax.dynamic_index_in_dim(a, at, -1, keepdims=False) for a in (x, weights, codes))
+        others_cx, others_cc = sum_cx - w_i * x_i * c_i, sum_cc - w_i * c_i**2
+        wanted = x_i * others_cc / jnp.where(others_cx > 0, others_cx, 1)
+        new = jnp.clip(jnp.round(wanted), low, -low - 1)
+        new_cx, new_cc = others_cx + w_i * x_i * new, others_cc + w_i * new**2
+        better = (others_cx > 0) & (new_cc > 0) & (new_cx**2 * sum_cc > sum_cx**2 * new_cc)
+        new, sum_cx, sum_cc = (jnp.where(better, a, b) for a, b in ((new, c_i), (new_cx, sum_cx), (new_cc, sum_cc)))
+        return lax.dynamic_update_index_in_dim(codes, new, at, -1), sum_cx, sum_cc
+
+    _, sum_cx, sum_cc = lax.fori_loop(0, rounds * x.shape[-1], move, start)
+    return jnp.where(sum_cc > 0, sum_cx / jnp.where(sum_cc > 0, sum_cc, 1), 0)[..., None]
+
+
 def round_scales(scales: jax.Array, top: int) -> tuple[jax.Array, jax.Array]:
     """Scales >= 0 of the sub-blocks (..., G, S) to d, float16 (..., G), and integers 0..top."""
     largest_scale = scales.max(-1, keepdims=True)
@@ -156,7 +179,7 @@ def encode_q2_k(w: jax.Array) -> Planes:
 
 def encode_q3_k(w: jax.Array) -> Planes:
     x = sub_blocks(w, 16)
-    d, scales = round_signed_scales(fit_scale(x, -4)[..., 0], -32)
+    d, scales = round_signed_scales(descend_scale(x, -4)[..., 0], -32)
     codes = final_codes(x, times(d, scales), -4, 3) + 4
     return {
         "d": d,
