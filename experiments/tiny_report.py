@@ -29,6 +29,7 @@ from realm_jax.errors import RealmError
 from realm_jax.experiment import Run, read_json
 from realm_jax.model import Config, Model, Params, load, unembed
 from realm_jax.model import run as run_model
+from realm_jax.quant import QuantizedTensor, raw_bytes
 
 _EQUATIONS = 200
 _ROWS_A_BATCH = 16
@@ -57,7 +58,7 @@ def write_report(run: Run, corpus: Corpus, files: dict[str, str], console: Conso
             "file": file,
             "bytes": (run.folder / file).stat().st_size,
             "parameters": sum(weight.size for weight in _weights(model.params)),
-            "formats": Counter(getattr(weight, "format", "F32") for weight in _weights(model.params)),
+            "formats": Counter(raw_bytes(weight)[0] for weight in _weights(model.params)),
             "training": _training_summary(run, role, corpus),
             "held_out_loss_exported": float(held_out_loss),
             "capitals_right": f"{_count_capitals(model)} of {len(COUNTRIES)}",
@@ -91,7 +92,7 @@ def score(params: Params, config: Config, rows_RT: jax.Array) -> tuple[jax.Array
 
 
 def _weights(params: Params) -> list[Any]:
-    return jax.tree.leaves(params, is_leaf=lambda node: hasattr(node, "format"))
+    return jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, QuantizedTensor))
 
 
 def _training_summary(run: Run, role: str, corpus: Corpus) -> dict[str, float]:

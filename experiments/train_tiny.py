@@ -20,6 +20,7 @@ from pathlib import Path
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from rich.console import Console
@@ -63,7 +64,7 @@ class ModelConfig:
             heads=self.heads,
             kv_heads=self.kv_heads,
             head_width=self.head_width,
-            norm_eps=1e-5,
+            norm_eps=float(np.float32(1e-5)),  # as the file will hold it
             rope=Rope(dimensions=self.head_width, original_context=self.context_length),
         )
 
