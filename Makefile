@@ -86,7 +86,7 @@ $(STAMP): pyproject.toml constraints.txt
 	for other in $(VENV)/.installed-*; do \
 	  if [ -e "$$other" ] && [ "$$other" != $(STAMP) ]; then clear=--clear; fi; \
 	done; \
-	echo "setting up $(VENV) with $$("$$python" --version), $(EXTRA)"; \
+	echo "setting up $(VENV) with $$("$$python" --version), $(EXTRA): this takes a minute or two"; \
 	"$$python" -m venv $$clear $(VENV)
 	@touch $(STARTED)
 	@rm -f $(VENV)/.installed-*

@@ -40,9 +40,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _byte_vocabulary() -> dict:
     """Metadata of a small byte-level BPE vocabulary: two control tokens, 256 bytes, three merges; 261 tokens."""
     from realm_jax.gguf.types import field
-    from realm_jax.gguf.unicode import bytes_to_text
+    from realm_jax.gguf.unicode import byte_characters
 
-    letters = [bytes_to_text(bytes([byte])) for byte in range(256)]
+    letters = list(byte_characters())
     merges = ["t h", "th e", "i n"]
     tokens = ["<s>", "</s>", *letters, *(merge.replace(" ", "") for merge in merges)]
     values = {

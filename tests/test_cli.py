@@ -284,7 +284,8 @@ def test_tokenize_takes_text_that_begins_with_a_dash(cli, vocabulary_file):
 
 def test_tokenize_reads_stdin_as_it_stands(cli, vocabulary_file):
     result = cli("tokenize", vocabulary_file, "-", "--json", "--no-special", stdin=b"a\r\n\xff\n")
-    assert result.json()["ids"] == [2 + byte for byte in b"a\r\n\xff\n"]
+    # llama.cpp takes a byte that is not UTF-8 as U+FFFD, here three byte tokens
+    assert result.json()["ids"] == [2 + byte for byte in "a\r\n\ufffd\n".encode()]
 
 
 def test_tokenize_with_another_pretokenizer(cli, vocabulary_file):
@@ -396,7 +397,7 @@ def test_generate_streams_the_same_text(cli, model_file):
     assert result.status == 0
     assert result.out == seen["text"] + "\n"
     assert "tokens/s" in result.err
-    assert "F32" in result.err or "float32" in result.err
+    assert "F32 100%" in result.err
 
 
 def test_generate_reads_the_prompt_from_stdin(cli, model_file):

@@ -165,27 +165,30 @@ def _logprob_table(tokenizer: "Tokenizer", completion: "Completion") -> Any:
 def _summary(model: "Model", completion: "Completion", load_seconds: float) -> str:
     """What ran and how fast, for a person."""
     stats = completion.stats
-    reasons = {"eos": "end of text", "stop": "stop string", "length": "length reached"}
-    speed = (
-        f"{len(completion.tokens)} tokens in {stats.decode_seconds:.2f} s: {stats.tokens_per_second:.1f} tokens/s "
-        f"({reasons.get(completion.stop_reason, completion.stop_reason)})"
-    )
-    before = (
-        f"{completion.prompt_tokens} prompt tokens in {stats.prefill_seconds:.2f} s; before that "
-        f"{load_seconds:.2f} s to load, {stats.compile_seconds:.2f} s to compile"
-    )
+    reason = {"eos": "end of text", "stop": "stop string", "length": "length reached"}[completion.stop_reason]
     weights, formats = _weights(model)
-    what = f"{model.origin.source}: {model.config.architecture}, {output.count_text(weights)} weights, {formats}"
-    return one_line(f"[{speed}; {before}]") + "\n" + one_line(f"[{what}; on {stats.device}, matmul: {stats.matmul}]")
+    architecture = model.config.architecture
+    lines = {
+        "speed": f"{len(completion.tokens)} tokens in {stats.decode_seconds:.2f} s: "
+        f"{stats.tokens_per_second:.1f} tokens/s ({reason})",
+        "before": f"{load_seconds:.2f} s to load, {stats.compile_seconds:.2f} s to compile, "
+        f"{stats.prefill_seconds:.2f} s for {completion.prompt_tokens} prompt tokens",
+        "model": f"{model.origin.source}: {architecture}, {output.count_text(weights)} weights: {formats}",
+        "ran on": f"{stats.device}, matmul: {stats.matmul}",
+    }
+    return "\n".join(one_line(f"  {name:8}{value}") for name, value in lines.items())
 
 
 def _weights(model: "Model") -> tuple[int, str]:
     """Number of weights, and the formats that hold most of them: `Q4_K 80%, Q6_K 19%`."""
     import jax
 
+    from realm_jax.quant.tensor import QuantizedTensor
+
+    dense = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
     sizes: dict[str, int] = {}
-    for weight in jax.tree.leaves(model.params, is_leaf=lambda leaf: hasattr(leaf, "format")):
-        name = weight.format if hasattr(weight, "format") else weight.dtype.name
+    for weight in jax.tree.leaves(model.params, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor)):
+        name = weight.format if isinstance(weight, QuantizedTensor) else dense[weight.dtype.name]
         sizes[name] = sizes.get(name, 0) + weight.size
     total = sum(sizes.values())
     largest = sorted(sizes.items(), key=lambda item: -item[1])

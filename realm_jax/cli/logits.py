@@ -3,6 +3,7 @@
 import os
 import tempfile
 from pathlib import Path
+from typing import IO
 
 import click
 import numpy as np
@@ -66,11 +67,16 @@ def write_npy(path: Path, array: np.ndarray) -> None:
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
             with path.open("wb") as file:
-                np.lib.format.write_array(file, array, allow_pickle=False)
+                _write(file, array)
             return
         _replace(path.resolve(), array)
     except OSError as error:
-        raise RealmError(f"{path}: cannot be written: {error.strerror}") from None
+        raise RealmError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def _write(file: IO[bytes], array: np.ndarray) -> None:
+    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+    file.write(np.ascontiguousarray(array).data)
 
 
 def _replace(path: Path, array: np.ndarray) -> None:
@@ -79,7 +85,7 @@ def _replace(path: Path, array: np.ndarray) -> None:
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:50]}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            np.lib.format.write_array(file, array, allow_pickle=False)
+            _write(file, array)
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)  # what a plain open() would have given; mkstemp keeps the file to its owner

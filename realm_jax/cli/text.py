@@ -48,4 +48,4 @@ def read_text_file(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8", "surrogateescape")
     except OSError as error:
-        raise RealmError(f"{path}: cannot be read: {error.strerror}") from None
+        raise RealmError(f"{path}: cannot be read: {error.strerror or error}") from None
