@@ -34,7 +34,7 @@ class QuantizedTensor:
     def from_bytes(cls, raw: np.ndarray, format: str, shape: tuple[int, ...]) -> QuantizedTensor:
         """Raw ggml blocks (uint8, any shape with the right number of bytes) of a tensor (..., N, K)."""
         raw = _as_rows(raw, format, shape)
-        return cls({name: jnp.asarray(plane) for name, plane in get_format(format).split(raw).items()}, format)
+        return cls(jax.device_put(get_format(format).split(raw)), format)
 
     def to_bytes(self) -> np.ndarray:
         """The ggml blocks, uint8 (..., N, row_bytes), bit for bit those that `from_bytes` was given."""
@@ -105,7 +105,7 @@ def load_weight(raw: np.ndarray, format: str, shape: tuple[int, ...]) -> jax.Arr
     raw = _as_rows(raw, format, shape)
     copy = aligned_empty(tuple(shape), DENSE_FORMATS[format])
     copy.view(np.uint8).reshape(raw.shape)[...] = raw
-    return jnp.asarray(copy)
+    return jax.device_put(copy)  # unlike jnp.asarray, uses an aligned array in place on the CPU backend
 
 
 def raw_bytes(weight: jax.Array | QuantizedTensor) -> tuple[str, np.ndarray]:
