@@ -142,17 +142,22 @@ def _record(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "chunk"), donate_argnames="state")
 def prefill(params: Params, config: Config, state: DecodeState, chunk: int) -> DecodeState:
     """Take the next `chunk` (T, static) tokens of each running row into the cache, or as many as are left before the
-    pending one. The state's buffers are reused: the one passed in is gone afterwards.
+    pending one. The cache's buffers are reused: the state passed in is gone afterwards.
     """
-    start_B = state.cache.length_B
-    left_B = jnp.where(state.stop_B == Stop.RUNNING, state.length_B - 1 - start_B, 0)
-    position_BT = start_B[:, None] + jnp.arange(chunk)
-    tokens_BT = jnp.take_along_axis(state.tokens_BS, jnp.minimum(position_BT, state.tokens_BS.shape[1] - 1), axis=1)
-    _, cache = run(params, config, tokens_BT, state.cache, jnp.clip(left_B, 0, chunk))
-    return state.replace(cache=cache)
+    left_B = jnp.where(state.stop_B == Stop.RUNNING, state.length_B - 1 - state.cache.length_B, 0)
+    return state.replace(cache=_fill_cache(params, config, state.cache, state.tokens_BS, left_B, chunk))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "chunk"), donate_argnames="cache")
+def _fill_cache(
+    params: Params, config: Config, cache: KVCache, tokens_BS: jax.Array, left_B: jax.Array, chunk: int
+) -> KVCache:
+    """Run up to `chunk` of each row's `left_B` next tokens. Knows nothing of sampling, whose variants thus share it."""
+    position_BT = cache.length_B[:, None] + jnp.arange(chunk)
+    tokens_BT = jnp.take_along_axis(tokens_BS, jnp.minimum(position_BT, tokens_BS.shape[1] - 1), axis=1)
+    return run(params, config, tokens_BT, cache, jnp.clip(left_B, 0, chunk))[1]
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")

@@ -65,9 +65,8 @@ class RowText:
 
     def finish(self) -> str:
         """No more tokens will come; returns the rest of the text, what was held back included."""
-        if not self.stopped and self._decoder:
-            self._extend(self._decoder.finish())
-        return self._show(len(self.text))
+        certain = "" if self.stopped or not self._decoder else self._extend(self._decoder.finish())
+        return certain + self._show(len(self.text))
 
     def _extend(self, piece: str) -> str:
         known = len(self.text)
