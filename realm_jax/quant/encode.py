@@ -18,30 +18,39 @@ STRIPE_WEIGHTS = 1 << 20  # the searching encoders hold some ten arrays of this 
 def quantize(w: Any, format: str) -> jax.Array | QuantizedTensor:
     """Weights (..., N, K) of any float dtype in a ggml format: packed, or a plain array for F32, F16 and BF16.
 
-    Deterministic. Also works on traced arrays, where the checks of values cannot be made. RealmError if the format is
-    not supported or has no encoder, K is not whole blocks, or a value is not finite or too large for the format.
+    Deterministic. A QuantizedTensor is dequantized first. Also works on traced arrays, where the checks of values
+    cannot be made. RealmError if the format is not supported or has no encoder, K is not whole blocks, or a value is
+    not finite or too large for the format.
     """
-    if not isinstance(w, jax.Array):
+    if isinstance(w, QuantizedTensor):
+        w = w.dequantize()
+    elif not isinstance(w, jax.Array):
         w = np.asarray(w)
     traced = isinstance(w, jax.core.Tracer)
+    kind = None if format in DENSE_FORMATS else _with_encoder(format, w.shape)
     if not traced and not _all_finite(w):
         raise RealmError(f"cannot quantize to {format}: the weights {tuple(w.shape)} hold NaN or infinity")
-    if format in DENSE_FORMATS:
+    if kind is None:
         out = jnp.asarray(w).astype(DENSE_FORMATS[format])
         fits = traced or _all_finite(out)
     else:
-        kind = get_format(format)
-        if kind.encode is None:
-            able = [name for name, other in FORMATS.items() if other.encode]
-            raise RealmError(f"there is no encoder for {format} yet; these have one: {', '.join(able)}")
-        if w.ndim < 1:
-            raise RealmError(f"cannot quantize a scalar to {format}: it wants rows of {kind.block_size} weights")
-        kind.blocks_in_row(w.shape[-1])
         out = QuantizedTensor(kind.encode(w) if traced else _encode_in_stripes(kind, w), format)
-        fits = traced or all(_all_finite(part) for part in out.decode()[1:] if part is not None)
+        fits = traced or all(map(_all_finite, out.block_scales().values()))
     if not fits:
-        raise RealmError(f"cannot quantize to {format}: weights up to {np.abs(w).max():.3g} overflow its scales")
+        raise RealmError(f"cannot quantize to {format}: weights up to {np.abs(w).max():.3g} are too large for it")
     return out
+
+
+def _with_encoder(format: str, shape: tuple[int, ...]) -> Format:
+    """The block format of that name; RealmError unless it can encode rows of that shape."""
+    kind = get_format(format)
+    if kind.encode is None:
+        able = [name for name, other in FORMATS.items() if other.encode]
+        raise RealmError(f"there is no encoder for {format} yet; these have one: {', '.join(able)}")
+    if not shape:
+        raise RealmError(f"cannot quantize a scalar to {format}: it wants rows of whole blocks of {kind.block_size}")
+    kind.blocks_in_row(shape[-1])
+    return kind
 
 
 def _all_finite(x: Any) -> bool:

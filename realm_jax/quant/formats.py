@@ -3,13 +3,13 @@
 Used by `tensor` (packed weights), by the model loader and saver, by the kernels, and to print the table in the docs.
 """
 
-import gguf
 import jax.numpy as jnp
 import numpy as np
 
 from realm_jax.errors import RealmError
+from realm_jax.gguf.types import TYPE_BY_NAME
 from realm_jax.quant import blocks_k, blocks_legacy
-from realm_jax.quant.layout import Format, stripes
+from realm_jax.quant.layout import STRIPE_BYTES, Format
 
 FORMATS: dict[str, Format] = {
     f.name: f
@@ -33,7 +33,7 @@ DENSE_FORMATS: dict[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
 }
-NON_FINITE_BITS = {2: np.uint16(0x7C00), 4: np.uint32(0x7F800000), "BF16": np.uint16(0x7F80)}
+EXPONENTS = {"F32": np.uint32(0x7F800000), "F16": np.uint16(0x7C00), "BF16": np.uint16(0x7F80)}  # all ones: not finite
 
 
 def get_format(name: str) -> Format:
@@ -42,8 +42,7 @@ def get_format(name: str) -> Format:
         return FORMATS[name]
     if name in DENSE_FORMATS:
         raise RealmError(f"{name} is a dense format, not a block format; block formats: {', '.join(FORMATS)}")
-    known = name in gguf.GGMLQuantizationType.__members__ or name in ("NVFP4", "Q1_0", "Q2_0")
-    trouble = "is a ggml format that is not supported" if known else "is not a ggml format"
+    trouble = "is a ggml format that is not supported" if name in TYPE_BY_NAME else "is not a ggml format"
     raise RealmError(f"format {name} {trouble}; supported: {', '.join([*DENSE_FORMATS, *FORMATS])}")
 
 
@@ -58,27 +57,26 @@ def row_bytes(name: str, width: int) -> int:
 def check_finite(raw: np.ndarray, format: str) -> int | None:
     """Index of the first block with a NaN or infinite scale, counted over the whole tensor; None if there is none.
 
-    raw: uint8 (..., row_bytes). For dense formats, the index of the first value that is not finite. Only the bytes of
-    the scales are read, in stripes.
+    raw: uint8, whole blocks. For dense formats, the index of the first value that is not finite. Only the bytes of
+    the scales are read, a stripe of the tensor at a time.
     """
-    rows = raw.reshape(-1, raw.shape[-1])
-    if format in DENSE_FORMATS:
-        size = DENSE_FORMATS[format].itemsize
-        bits, per_row = NON_FINITE_BITS.get(format, NON_FINITE_BITS[size]), raw.shape[-1] // size
-    else:
-        kind = get_format(format)
-        bits, per_row = None, raw.shape[-1] // kind.block_bytes
-    for stripe in stripes(rows):
-        if bits is not None:
-            bad = _non_finite(rows[stripe].view(bits.dtype), bits)
-        else:
-            views = (view for _, view in kind.scale_views(rows[stripe]))
-            bad = np.logical_or.reduce([_non_finite(view, NON_FINITE_BITS[view.itemsize]) for view in views])
+    block_bytes = DENSE_FORMATS[format].itemsize if format in DENSE_FORMATS else get_format(format).block_bytes
+    flat = raw.reshape(-1)
+    step = STRIPE_BYTES // block_bytes * block_bytes
+    for start in range(0, len(flat), step):
+        bad = _non_finite(flat[start : start + step], format)
         if bad.any():
-            return stripe.start * per_row + int(bad.argmax())
+            return start // block_bytes + int(bad.argmax())
     return None
 
 
-def _non_finite(values: np.ndarray, exponent: np.generic) -> np.ndarray:
-    """Where the exponent bits of floating-point numbers, given as unsigned integers, are all ones."""
-    return (values & exponent) == exponent
+def _non_finite(raw: np.ndarray, format: str) -> np.ndarray:
+    """For each block of uint8 (bytes,): whether one of its scales is not finite."""
+    if format in DENSE_FORMATS:
+        exponent = EXPONENTS[format]
+        return (raw.view(exponent.dtype) & exponent) == exponent
+    bad = np.zeros(len(raw) // FORMATS[format].block_bytes, bool)
+    for bits in FORMATS[format].scale_bits(raw):
+        exponent = EXPONENTS["F16" if bits.itemsize == 2 else "F32"]
+        bad |= (bits & exponent) == exponent
+    return bad

@@ -137,13 +137,13 @@ class Format:
         tail = (field.raw_words,) if field.raw_words else (field.chunks, max(field.words, 1))
         return block_view(rows, self.block_bytes, field.offset, np.uint32 if field.raw_words else field.dtype, tail)
 
-    def scale_views(self, rows: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-        """Every floating-point scale in rows of raw blocks: its name and a view of its bits, (rows, G)."""
+    def scale_bits(self, raw: np.ndarray) -> Iterator[np.ndarray]:
+        """Each floating-point scale of blocks uint8 (bytes,), as a view of its bits: uint16 or uint32 (blocks,)."""
         for field in self.fields:
-            for index, name in enumerate(field.floats):
-                dtype = np.dtype(np.uint32 if field.dtype is np.float32 else np.uint16)
+            dtype = np.dtype(np.uint32 if field.dtype is np.float32 else np.uint16)
+            for index in range(len(field.floats)):
                 offset = field.offset + index * dtype.itemsize
-                yield name, block_view(rows, self.block_bytes, offset, dtype, ())
+                yield block_view(raw[None], self.block_bytes, offset, dtype, ())[0]
 
 
 def block_view(rows: np.ndarray, block_bytes: int, offset: int, dtype: type, tail: tuple[int, ...]) -> np.ndarray:

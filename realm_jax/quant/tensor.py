@@ -16,6 +16,7 @@ import numpy as np
 from realm_jax.errors import RealmError
 from realm_jax.quant.formats import DENSE_FORMATS, get_format, row_bytes
 from realm_jax.quant.layout import Affine, aligned_empty
+from realm_jax.quant.words import unpack_halves
 
 
 @flax.struct.dataclass(eq=False)
@@ -45,8 +46,15 @@ class QuantizedTensor:
         return _dequantize(self.planes, self.format).astype(dtype)
 
     def decode(self) -> Affine:
-        """The blocks in the common form scale * code + offset: see `quant.layout.Affine`."""
+        """The blocks in the common form scale * code + offset, for looking into them: see `quant.layout.Affine`."""
         return _decode(self.planes, self.format)
+
+    def block_scales(self) -> dict[str, jax.Array]:
+        """The floating-point scales of the blocks by their ggml names (`d`, `dmin`, ...), each float32 (..., N, G)."""
+        field = next(field for field in get_format(self.format).fields if field.floats)
+        plane = self.planes[field.name]
+        parts = unpack_halves(plane) if len(field.floats) == 2 else [plane.astype(jnp.float32)]
+        return dict(zip(field.floats, parts, strict=True))
 
     def take(self, ids: jax.Array) -> jax.Array:
         """Rows by index, float32 (*ids.shape, K): gathers packed rows and dequantizes only these.
@@ -81,7 +89,8 @@ class QuantizedTensor:
     def __repr__(self) -> str:
         if not all(hasattr(plane, "dtype") for plane in self.planes.values()):  # a tree of specs, None, ...
             return f"QuantizedTensor({self.format}, {self.planes})"
-        return f"QuantizedTensor({self.format}, {self.shape}, {self.nbytes / 1e6:.1f} MB)"
+        size = f"{self.nbytes / 1e6:.1f} MB" if self.nbytes >= 1e5 else f"{self.nbytes / 1e3:.1f} kB"
+        return f"QuantizedTensor({self.format}, {self.shape}, {size})"
 
 
 @functools.partial(jax.jit, static_argnames="format")
