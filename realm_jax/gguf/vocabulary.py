@@ -84,7 +84,7 @@ def read_vocabulary(metadata: Mapping[str, Any], pre: str | None, source: str) -
     attributes = _read_attributes(reader, tokens)
     special_ids = _read_special_ids(reader, model, pre_tokenizer, count)
     eog_ids = _mark_special(tokens, ids, attributes, special_ids)
-    _mark_stripping(reader, ids, attributes)
+    _mark_stripping(reader, pre_tokenizer, ids, attributes)
     sentencepiece = model == "llama"
     add_bos = reader.flag("add_bos_token", sentencepiece or pre_tokenizer.add_bos)
     if pre_tokenizer is not None and pre_tokenizer.always_bos:
@@ -319,9 +319,11 @@ def _keep_turn_marks(tokens: list[str], attributes: list[int], end: set[int]) ->
         attributes[by_text["</s>"]] = Attribute.NORMAL
 
 
-def _mark_stripping(reader: _Reader, ids: dict[str, int], attributes: list[int]) -> None:
+def _mark_stripping(
+    reader: _Reader, pre_tokenizer: PreTokenizer | None, ids: dict[str, int], attributes: list[int]
+) -> None:
     """Mark the special tokens that swallow white space beside them; the file's names say which."""
-    pre = reader.text("pre") or ""
+    pre = pre_tokenizer.name if pre_tokenizer is not None else reader.text("pre") or ""
     name, architecture = (reader.metadata.get(f"general.{key}") for key in ("name", "architecture"))
     name = name.lower() if isinstance(name, str) else ""
     architecture = architecture if isinstance(architecture, str) else ""
