@@ -1,6 +1,8 @@
 """The sampling rules against a plain numpy statement of them, and the draws against their exact distribution."""
 
+import json
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +88,18 @@ def test_distribution_is_the_documented_one(name, seed):
     assert log_p_BV.dtype == jnp.float32
     np.testing.assert_allclose(np.exp(log_p_BV[0]), want_V, rtol=2e-5, atol=1e-7)
     np.testing.assert_array_equal(np.isneginf(log_p_BV[0]), want_V == 0)
+
+
+@pytest.mark.parametrize("case", json.loads((Path(__file__).parent / "golden" / "sampling.json").read_text()))
+def test_distribution_is_that_of_llama_cpp(case):
+    """Its default sampler chain with the same numbers; golden/make_sampling.py made the file."""
+    case = dict(case)
+    logits_BV, tokens_BS = jnp.array([case.pop("logits")], jnp.float32), jnp.array([case.pop("tokens")])
+    want_V = case.pop("probabilities")
+    settings = Settings(**case | {"logit_bias": dict(case["logit_bias"])})
+    past = sampling.history(tokens_BS, jnp.array([0]), jnp.array([tokens_BS.size]), logits_BV.size)
+    params = batch([settings], logits_BV.size)
+    np.testing.assert_allclose(np.exp(log_distribution(logits_BV, params, past)[0]), want_V, atol=2e-6)
 
 
 def test_rows_of_all_kinds_in_one_batch_are_what_each_is_alone():
