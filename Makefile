@@ -8,6 +8,9 @@
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Each worker is a process with a JAX of its own, hence at most four; a file's tests stay in one and share its fixtures.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 # Where an NVIDIA driver answers, its CUDA major version picks the extra; everywhere else plain JAX runs on the CPU.
 ifndef EXTRA
 EXTRA := $(shell nvidia-smi 2>/dev/null \
@@ -61,10 +64,10 @@ demo: $(STAMP)  ## let the bundled model go on with "The capital of France is"
 	$(BIN)/realm generate --prompt "The capital of France is"
 
 test: $(STAMP)  ## run the tests, without the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(STAMP)  ## run all tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: $(STAMP)  ## check style and format
 	$(BIN)/ruff check

@@ -6,6 +6,7 @@ Most tests call `run` in this process; those about the process itself (encodings
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -519,6 +520,15 @@ def test_a_closed_pipe_is_quiet(odd_file):
         )
         assert (done.returncode, done.stderr) == (1, b"")
     os.close(write)
+
+
+def test_an_interrupt_ends_the_process_quietly(vocabulary_file):
+    command = [*REALM, "tokenize", str(vocabulary_file), "-"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        with pytest.raises(subprocess.TimeoutExpired):  # until it waits for the text
+            process.wait(2)
+        process.send_signal(signal.SIGINT)
+        assert (process.wait(10), process.stdout.read(), process.stderr.read()) == (130, b"", b"")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")

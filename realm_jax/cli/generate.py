@@ -1,5 +1,6 @@
 """`realm generate`: a prompt in, text out, as it comes; then what ran and how fast."""
 
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -89,7 +90,8 @@ def command(model: Path | None, prompt: str, chat: bool, pre: str | None, as_jso
     from realm_jax.model import load
 
     started = time.perf_counter()
-    loaded = load(model, pre=pre)
+    with output.waiting("loading the model"):
+        loaded = load(model, pre=pre)
     load_seconds = time.perf_counter() - started
     if chat:
         prompt = _as_chat(loaded, prompt)
@@ -98,12 +100,14 @@ def command(model: Path | None, prompt: str, chat: bool, pre: str | None, as_jso
         output.print_json(_as_json(loaded, completion))
         return
     pieces = stream(loaded, prompt, parse_special=chat, **settings)
-    for piece in pieces:
+    with output.waiting("compiling, reading the prompt"):
+        first = next(pieces, "")
+    for piece in itertools.chain([first], pieces):
         click.echo(visible(piece) if to_terminal() else piece, nl=False)
     click.echo()
     if pieces.completion.logprobs:
         output.console(sys.stderr).print(_logprob_table(loaded.tokenizer, pieces.completion))
-    click.echo(_summary(loaded, pieces.completion, load_seconds), err=True)
+    click.echo("\n" + _summary(loaded, pieces.completion, load_seconds), err=True)
 
 
 def to_terminal() -> bool:

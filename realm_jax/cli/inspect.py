@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 
 from realm_jax.cli import output
 from realm_jax.cli.options import common_options, file_argument
@@ -109,7 +110,8 @@ def _tensor_table(tensors: list[TensorInfo]) -> Any:
 
 def _table_value(field: Field, full: bool) -> str:
     if field.item_type is None:
-        return field.value if full and isinstance(field.value, str) else one_line(str(field.value), 100)
+        value = np.float32(field.value) if field.type is ValueType.FLOAT32 else field.value  # 1e-05, not 9.99...e-06
+        return str(value) if full else one_line(str(value), 100)
     items = field.plain
     shown = items if full else items[:HEAD]
     texts = [repr(item) if isinstance(item, str) else str(item) for item in shown]

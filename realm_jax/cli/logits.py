@@ -37,7 +37,8 @@ def command(
         raise click.UsageError("give either --tokens or --prompt")
     from realm_jax.model import forward, load
 
-    loaded = load(model, pre=pre)
+    with output.waiting("loading the model"):
+        loaded = load(model, pre=pre)
     if tokens is None:
         if loaded.tokenizer is None:
             raise RequestError(f"{model}: has no tokenizer for --prompt: give --tokens")

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,6 +70,11 @@ def progress() -> "Progress":
 
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     return Progress(*columns, console=console(sys.stderr), disable=not sys.stderr.isatty(), transient=True)
+
+
+def waiting(what: str) -> AbstractContextManager:
+    """Shows that something goes on that cannot say how far it is, on stderr and only where that is a terminal."""
+    return console(sys.stderr).status(one_line(what)) if sys.stderr.isatty() else nullcontext()
 
 
 def size_text(count: int) -> str:

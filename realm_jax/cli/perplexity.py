@@ -58,14 +58,16 @@ def command(
     from realm_jax.evaluate import Divergence, Perplexity, score, text_chunks
     from realm_jax.model import load
 
-    loaded = load(model, pre=pre)
+    with output.waiting("loading the model"):
+        loaded = load(model, pre=pre)
     context = context or min(DEFAULT_CONTEXT, loaded.config.context_length)
     if context > loaded.config.context_length:
         click.echo(
             f"warning: the model is made for {loaded.config.context_length} tokens, --context is {context}", err=True
         )
     chunks = text_chunks(loaded, text, context)
-    compared = load(reference, pre=pre) if reference else None
+    with output.waiting("loading the reference"):
+        compared = load(reference, pre=pre) if reference else None
     started = time.perf_counter()
     with output.progress() as bar:
         task = bar.add_task("chunks", total=len(chunks))
