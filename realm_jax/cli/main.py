@@ -3,6 +3,7 @@
 0: done. 1: the work could not be done. 2: wrong usage. 130: interrupted.
 """
 
+import contextlib
 import importlib
 import os
 import sys
@@ -112,7 +113,8 @@ def describe(error: Exception) -> str:
 
 
 def _report(message: str, status: int) -> int:
-    click.echo(f"error: {one_line(message, 2000)}", err=True)
+    with contextlib.suppress(OSError):  # a closed stderr changes nothing about the status
+        click.echo(f"error: {one_line(message, 2000)}", err=True)
     return status
 
 
