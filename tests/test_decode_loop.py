@@ -224,8 +224,11 @@ def test_buckets_are_few_and_large_enough():
     assert [buckets.power_of_two(n) for n in (0, 1, 2, 3, 5, 32)] == [1, 1, 2, 4, 8, 32]
     assert buckets.prefill_chunks(0) == [] and buckets.prefill_chunks(1) == [16]
     assert buckets.prefill_chunks(513) == [512, 16] and buckets.prefill_chunks(1500) == [512, 512, 512]
+    assert buckets.prefill_chunks(130, 64) == [64, 64, 16] and buckets.prefill_chunks(20, 4096) == [16, 16]
     for tokens in [*range(1, 3000), 8191, 8192, 100_000]:
-        chunks, size = buckets.prefill_chunks(tokens - 1), buckets.cache_bucket(tokens)
-        assert tokens - 1 <= sum(chunks) <= size and size >= tokens
+        size = buckets.cache_bucket(tokens)
+        assert size >= tokens
+        for rows in (1, 16, 1024):
+            assert tokens - 1 <= sum(buckets.prefill_chunks(tokens - 1, rows)) <= size
     assert len({buckets.cache_bucket(n) for n in range(1, 8193)}) == 9
     assert len({chunk for n in range(8192) for chunk in buckets.prefill_chunks(n)}) == 6

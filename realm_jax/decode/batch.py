@@ -34,7 +34,7 @@ class _Row:
     def __init__(self, request: Request, model: Model):
         self.request = request
         self.text = RowText(model.tokenizer.stream(continues=True) if model.tokenizer else None, request.settings.stop)
-        self.reason: Stop | None = None
+        self.reason: Stop | None = None if request.settings.max_new_tokens else Stop.LENGTH
         self._read = len(request.tokens)
 
     def advance(self, tokens_S: np.ndarray, length: int, stop: int) -> str:
@@ -59,7 +59,7 @@ class _Clock:
     def add(self, name: str, started: float, compiled: float) -> float:
         """Book the time since `started`; returns the part that was not compiling."""
         compiling = compile_seconds() - compiled
-        running = max(time.perf_counter() - started - compiling, 0.0)
+        running = max(time.perf_counter() - started - compiling, 1e-6)
         self.seconds[name] += running
         self.seconds["compile"] += compiling
         return running
@@ -85,25 +85,25 @@ def run_batch(
             if row.reason is None and (piece := row.advance(tokens_BS[b], length_B[b], stop_B[b])):
                 yield row.request.index, piece
         state = _end_stopped(state, rows, stop_B)
-        stretch = (
-            _stretch(rows) if not streams else min(STRETCH, max(1, int(stretch * STREAM_SECONDS / took)), 2 * stretch)
-        )
+        stretch = _next_stretch(stretch, took) if streams else _stretch(rows)
     return _completions(model, rows, state.logprobs, clock)
 
 
 def _prefill(model: Model, requests: Sequence[Request], clock: _Clock) -> DecodeState:
-    """A fresh state with every prompt in its cache, padded to buckets."""
+    """A fresh state, padded to buckets, with every prompt in its cache if there is something to generate."""
     started, compiled = time.perf_counter(), compile_seconds()
-    longest = max(len(r.tokens) + r.settings.max_new_tokens for r in requests)
+    prompt = max(len(r.tokens) for r in requests)
+    budget = max(r.settings.max_new_tokens for r in requests)
+    rows = buckets.power_of_two(len(requests))
     state = init_state(
         model.config,
         [r.tokens for r in requests],
         [r.settings for r in requests],
         model.tokenizer.eog_ids if model.tokenizer else (),
-        rows=buckets.power_of_two(len(requests)),
-        size=buckets.cache_bucket(min(longest, model.config.context_length)),
+        rows=rows,
+        size=buckets.cache_bucket(min(prompt + budget, model.config.context_length)),
     )
-    for chunk in buckets.prefill_chunks(max(len(r.tokens) for r in requests) - 1):
+    for chunk in buckets.prefill_chunks(prompt - 1, rows) if budget else ():
         state = prefill(model.params, model.config, state, chunk)
     state.cache.length_B.block_until_ready()
     clock.add("prefill", started, compiled)
@@ -113,6 +113,11 @@ def _prefill(model: Model, requests: Sequence[Request], clock: _Clock) -> Decode
 def _stretch(rows: Sequence[_Row]) -> int:
     """How long the device may run before the host must look for stop strings."""
     return STRETCH if any(row.reason is None and row.request.settings.stop for row in rows) else UNBOUNDED
+
+
+def _next_stretch(stretch: int, seconds: float) -> int:
+    """The next stretch of a stream, after one of `stretch` steps that took `seconds`: about STREAM_SECONDS long."""
+    return max(1, min(STRETCH, 2 * stretch, int(stretch * STREAM_SECONDS / seconds)))
 
 
 def _end_stopped(state: DecodeState, rows: Sequence[_Row], stop_B: np.ndarray) -> DecodeState:

@@ -5,7 +5,9 @@ Called by `decode.generate`; pure arithmetic on the host.
 
 SMALLEST_CHUNK = 16
 LARGEST_CHUNK = 512
-"""Longer prompts are prefilled in several chunks of this size: one executable, and attention scores of bounded size."""
+"""Longer prompts are prefilled in several chunks of this size."""
+LARGEST_PREFILL = 4096
+"""Tokens of all rows in one chunk: wide batches get shorter chunks, so that attention scores stay of bounded size."""
 SMALLEST_CACHE = 64
 LINEAR_CACHE = 2048
 """Cache sizes are powers of two up to here and multiples of it beyond, so that a long row wastes little."""
@@ -23,10 +25,12 @@ def cache_bucket(tokens: int) -> int:
     return -(-tokens // LINEAR_CACHE) * LINEAR_CACHE
 
 
-def prefill_chunks(tokens: int) -> list[int]:
-    """Chunk lengths that together cover `tokens` tokens: any number of 512, then one of 16, 32, ..., 512.
+def prefill_chunks(tokens: int, rows: int = 1) -> list[int]:
+    """Chunk lengths that together cover `tokens` tokens of `rows` rows: equal ones of at most 512 tokens, and a last
+    one of 16, 32, 64, ... that holds the rest. They never reach past `cache_bucket(tokens)`.
 
-    They never reach past `cache_bucket(tokens)`.
+    rows: a power of two.
     """
-    full, rest = divmod(tokens, LARGEST_CHUNK)
-    return [LARGEST_CHUNK] * full + ([power_of_two(rest, SMALLEST_CHUNK)] if rest else [])
+    largest = max(SMALLEST_CHUNK, min(LARGEST_CHUNK, LARGEST_PREFILL // rows))
+    full, rest = divmod(tokens, largest)
+    return [largest] * full + ([power_of_two(rest, SMALLEST_CHUNK)] if rest else [])

@@ -39,7 +39,8 @@ def generate(
     prompts: a string or a list of token ids, or a list of these. max_new_tokens to logprobs: see `Settings`. Prompt i
     has seed `seed + i`: its tokens are those of a call with it alone and that seed. add_special, parse_special: for
     prompts that are strings, as in `Tokenizer.encode`. on_text: called with a prompt's index and each new piece of
-    its text as it comes. batch_size: how many prompts run together at most.
+    its text as it comes. batch_size: how many prompts run together at most; the cache
+    takes memory for each.
 
     A token budget that would pass the model's context length is cut to it (stop_reason "length"). Raises RequestError
     for prompts or settings that cannot be served, and RealmError if the model's logits are not finite.
