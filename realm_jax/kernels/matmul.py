@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-from jax import lax
 
 from realm_jax.errors import RealmError
 from realm_jax.kernels import reference
+from realm_jax.kernels.residency import packed_until
 from realm_jax.quant import QuantizedTensor
 
 Weight = jax.Array | QuantizedTensor
@@ -56,10 +56,9 @@ def matmul(x: jax.Array, w: Weight, *, impl: str = "auto") -> jax.Array:
         impl = choose_impl(x.shape, w)
     else:
         _check_serves(impl, x.shape, w)
-    x, w = _kept_inside_loops(x, w)
     if isinstance(w, QuantizedTensor):
-        return _packed_matmul(impl, x, w)
-    return reference.dot(x, w)
+        return _packed_matmul(impl, *packed_until(x, w))
+    return reference.dot(x, w) if w.dtype == x.dtype else reference.dot(*packed_until(x, w))
 
 
 def _check_serves(impl: str, x_shape: tuple[int, ...], w: Weight) -> None:
@@ -76,18 +75,6 @@ def _check_serves(impl: str, x_shape: tuple[int, ...], w: Weight) -> None:
         raise RealmError(f"{call}: {reason}")
 
 
-def _kept_inside_loops(x: jax.Array, w: Weight) -> tuple[jax.Array, Weight]:
-    """The same values, with the weights tied to x.
-
-    In a `lax.while_loop` or `scan` weights are loop constants, and XLA moves everything computed from constants alone
-    out of the loop: it would dequantize (or widen to float32) every weight once, and keep all of that in memory. An
-    optimization barrier over both makes the weights depend on x, at no cost at run time.
-    """
-    if not isinstance(w, QuantizedTensor) and w.dtype == x.dtype:
-        return x, w
-    return lax.optimization_barrier((x, w))
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _packed_matmul(impl: str, x: jax.Array, w: QuantizedTensor) -> jax.Array:
     return IMPLEMENTATIONS[impl].apply(x, w)
@@ -98,7 +85,7 @@ def _packed_matmul_forward(impl: str, x: jax.Array, w: QuantizedTensor) -> tuple
 
 
 def _packed_matmul_backward(impl: str, w: QuantizedTensor, dy: jax.Array) -> tuple[jax.Array, None]:
-    return IMPLEMENTATIONS[impl].transposed(*lax.optimization_barrier((dy, w))), None
+    return IMPLEMENTATIONS[impl].transposed(*packed_until(dy, w)), None
 
 
 _packed_matmul.defvjp(_packed_matmul_forward, _packed_matmul_backward)

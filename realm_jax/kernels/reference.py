@@ -16,12 +16,12 @@ def dot(x: jax.Array, w_NK: jax.Array) -> jax.Array:
     Two arrays of the same 16-bit dtype are multiplied as they are; else both are float32 first. HIGHEST keeps GPUs
     from rounding float32 to TF32.
     """
-    if x.dtype != w_NK.dtype or x.dtype == jnp.float32:
-        x_in, w_NK = x.astype(jnp.float32), w_NK.astype(jnp.float32)
-    else:
-        x_in = x
-    y = jnp.einsum("...k,nk->...n", x_in, w_NK, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-    return y.astype(x.dtype)
+    x_MK = x.reshape(-1, x.shape[-1])
+    if x.dtype != w_NK.dtype:
+        x_MK, w_NK = x_MK.astype(jnp.float32), w_NK.astype(jnp.float32)
+    # Written so, XLA's CPU backend fuses a product of one row with whatever made w_NK, and never writes w_NK out.
+    y_MN = jnp.dot(x_MK, w_NK.T, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    return y_MN.reshape(*x.shape[:-1], w_NK.shape[0]).astype(x.dtype)
 
 
 def matmul(x: jax.Array, w: QuantizedTensor) -> jax.Array:
@@ -31,6 +31,4 @@ def matmul(x: jax.Array, w: QuantizedTensor) -> jax.Array:
 
 def matmul_transposed(y: jax.Array, w: QuantizedTensor) -> jax.Array:
     """y (..., N) @ w, which takes the gradient of `matmul` back to x; in the dtype of y."""
-    w_NK = w.dequantize()
-    x = jnp.einsum("...n,nk->...k", y.astype(jnp.float32), w_NK, precision=lax.Precision.HIGHEST)
-    return x.astype(y.dtype)
+    return dot(y.astype(jnp.float32), w.dequantize().T).astype(y.dtype)

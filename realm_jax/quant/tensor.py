@@ -89,7 +89,7 @@ class QuantizedTensor:
     def __repr__(self) -> str:
         if not all(hasattr(plane, "dtype") for plane in self.planes.values()):  # a tree of specs, None, ...
             return f"QuantizedTensor({self.format}, {self.planes})"
-        size = f"{self.nbytes / 1e6:.1f} MB" if self.nbytes >= 1e5 else f"{self.nbytes / 1e3:.1f} kB"
+        size = f"{self.nbytes / 1e6:.1f} MB" if self.nbytes >= 1e6 else f"{self.nbytes / 1e3:.1f} kB"
         return f"QuantizedTensor({self.format}, {self.shape}, {size})"
 
 
