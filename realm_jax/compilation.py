@@ -16,7 +16,12 @@ OFF = ("off", "0", "false", "no")
 MIN_COMPILE_SECONDS = 0.1
 """Programs that compile faster than this are not worth a file."""
 
-_COMPILE_EVENTS = ("/jax/core/compile/jaxpr_to_mlir_module_duration", "/jax/core/compile/backend_compile_duration")
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+_COMPILE_EVENTS = (
+    "/jax/core/compile/jaxpr_trace_duration",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration",
+    _COMPILED,
+)
 _clock = {"seconds": 0.0, "programs": 0}
 
 
@@ -40,7 +45,7 @@ def enable_compilation_cache() -> Path | None:
 
 
 def compile_seconds() -> float:
-    """Seconds this process has spent compiling or fetching programs so far; take the difference of two calls."""
+    """Seconds this process has spent tracing, compiling or fetching programs; take the difference of two calls."""
     return _clock["seconds"]
 
 
@@ -85,7 +90,7 @@ def _is_writable(folder: Path) -> bool:
 def _on_event(event: str, seconds: float, **_: str | int) -> None:
     if event in _COMPILE_EVENTS:
         _clock["seconds"] += seconds
-        _clock["programs"] += event == _COMPILE_EVENTS[-1]
+        _clock["programs"] += event == _COMPILED
 
 
 jax.monitoring.register_event_duration_secs_listener(_on_event)

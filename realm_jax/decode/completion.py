@@ -19,10 +19,11 @@ class TokenLogprob:
 class Stats:
     """How long a completion's batch took, and what it ran on.
 
-    prefill_seconds and decode_seconds are those of the whole batch without compile_seconds, the time spent compiling
-    programs or fetching them from the compilation cache (0 once a size has been seen). tokens_per_second: this
-    completion's own tokens over decode_seconds. rows: completions in the batch, this one included. device: its kind,
-    as JAX names it. matmul: the implementation of `kernels.matmul` that decoding used (several: joined by "+").
+    prefill_seconds and decode_seconds are those of the whole batch without compile_seconds, the time spent tracing and
+    compiling programs, or fetching them from the compilation cache (0 once a size has been seen).
+    tokens_per_second: this completion's own tokens over decode_seconds. rows: completions in the batch, this one
+    included. device: its kind, as JAX names it. matmul: the implementation of `kernels.matmul` that decoding used
+    (several: joined by "+").
     """
 
     prefill_seconds: float
