@@ -5,6 +5,7 @@ token, and every merge joins two tokens into a third. Elsewhere `merging.merge` 
 """
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 
 from tokenizers.models import BPE
 
@@ -25,9 +26,7 @@ class BytePairEncoder:
     def __init__(self, ids: Mapping[str, int], merges: Iterable[tuple[str, str]], pre: PreTokenizer):
         self._ids = ids
         self._pre = pre
-        self._ranks: dict[tuple[str, str], int] = {}
-        for pair in merges:
-            self._ranks.setdefault(pair, len(self._ranks))
+        self._merges = list(dict.fromkeys(merges))  # of a pair that is there twice the first counts
         self._alphabet = frozenset(text for text in ids if len(text) == 1)
         self._library = self._build_library()
         self._words: dict[str, list[int]] = {}
@@ -35,12 +34,18 @@ class BytePairEncoder:
     def _build_library(self) -> BPE | None:
         """The library's model, or None where it would join other pairs than llama.cpp."""
         ids = self._ids
-        if not all(left in ids and right in ids and left + right in ids for left, right in self._ranks):
+        if not all(left in ids and right in ids and left + right in ids for left, right in self._merges):
             return None
-        vocabulary = {text: id for text, id in ids.items() if text.isascii() or _is_unicode(text)}
-        if not all(left in vocabulary and right in vocabulary for left, right in self._ranks):
-            return None
-        return BPE(vocab=vocabulary, merges=list(self._ranks))
+        # The library takes no text that is not Unicode. A word is Unicode, so no part of it is such a token.
+        if not _is_unicode("".join(ids)):
+            ids = {text: id for text, id in ids.items() if _is_unicode(text)}
+            if not all(left + right in ids for left, right in self._merges):
+                return None
+        return BPE(vocab=dict(ids), merges=self._merges)
+
+    @cached_property
+    def _ranks(self) -> dict[tuple[str, str], int]:
+        return {pair: rank for rank, pair in enumerate(self._merges)}
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, no special tokens added or looked for."""
@@ -75,7 +80,7 @@ class BytePairEncoder:
         """Tokens for the bytes of a part that is no token; bytes without a token are left out."""
         data = part.encode("utf-8", "surrogatepass")
         if self._pre.byte_level:
-            names = (chr(byte) if byte < 0x80 else f"{chr(0xDC00 + byte)}" for byte in data)
+            names = (chr(byte) if byte < 0x80 else chr(0xDC00 + byte) for byte in data)
         else:
             names = (f"<0x{byte:02X}>" for byte in data)
         return [self._ids[name] for name in names if name in self._ids]

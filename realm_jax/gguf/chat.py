@@ -102,8 +102,8 @@ class _Environment(ImmutableSandboxedEnvironment):
             yield item
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" and abs(right) > 64:
-            raise GGUFError(f"tokenizer.chat_template raises a number to the power {right}; up to 64 is accepted")
+        if operator == "**" and not (abs(left) <= 1 << 64 and abs(right) <= 64):
+            raise GGUFError("tokenizer.chat_template computes a power beyond the largest accepted, (2 ** 64) ** 64")
         if operator == "*":
             items, times = (left, right) if hasattr(left, "__len__") else (right, left)
             if hasattr(items, "__len__") and len(items) * times > MAX_TEXT:

@@ -25,8 +25,9 @@ class SpecialTokens:
     def partition(self, data: bytes, parse_special: bool) -> list[int | bytes]:
         """Cut a text into token ids and the stretches of text between them.
 
-        The longest tokens are looked for first, each from left to right. parse_special: control and unknown
-        tokens count too.
+        The longest tokens (in bytes) are looked for first, the lowest id first among equals, each from left to
+        right. parse_special: control and unknown tokens count too. (llama.cpp leaves the order of equals to its
+        sorting routine; it matters only where two tokens of one length overlap in a text.)
         """
         pieces: list[int | bytes] = [data] if data else []
         for id, text, attributes in self._all if parse_special else self._always:

@@ -4,6 +4,7 @@ The ids are those of llama.cpp on any text. What belongs to one kind of tokenize
 `sentencepiece.py`, the file's tables in `vocabulary.py`.
 """
 
+import operator
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -142,9 +143,10 @@ class Tokenizer:
         return data, False
 
     def _check(self, id: int) -> int:
+        id = operator.index(id)
         if not 0 <= id < self.vocab_size:
             raise RequestError(f"token id {id} is outside the vocabulary: 0 to {self.vocab_size - 1} would be right")
-        return int(id)
+        return id
 
 
 def _read_templates(metadata: Mapping[str, Any], source: str) -> dict[str, str]:

@@ -6,7 +6,7 @@ decided as in llama.cpp (`llama_vocab::impl::load`), by key or by the token's te
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
@@ -141,13 +141,13 @@ class _Reader:
             raise self.error(key, f"must be a token id, not {_kind(value)}")
         return int(value)
 
-    def strings(self, key: str) -> list[str] | None:
+    def strings(self, key: str) -> Sequence[str] | None:
         value = self.metadata.get(PREFIX + key)
         if value is None:
             return None
-        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+        if not isinstance(value, list | tuple) or set(map(type, value)) - {str}:
             raise self.error(key, f"must be an array of strings, not {_kind(value)}")
-        return list(value)
+        return value
 
     def numbers(self, key: str, kinds: str, count: int) -> np.ndarray | None:
         value = self.metadata.get(PREFIX + key)
