@@ -339,7 +339,7 @@ def test_other_refusals():
         Tokenizer.from_metadata(spm_metadata(), pre="gpt-2")
     with pytest.raises(GGUFError, match="chosen pre-tokenizer 'x' is unknown"):
         Tokenizer.from_metadata(bpe_metadata(), pre="x")
-    with pytest.raises(GGUFError, match=r"chat_template must be a string"):
+    with pytest.raises(GGUFError, match="chat_template' must be a string"):
         Tokenizer.from_metadata({**bpe_metadata(), "tokenizer.chat_template": 3})
     no_space = spm_metadata(tokens=["▁", "a", "b"], token_type=None, scores=None, bos_token_id=None, eos_token_id=None)
     assert Tokenizer.from_metadata(no_space).encode("é") == [1, 0, 0]  # <s> is 1 and the unknown token 0 by default

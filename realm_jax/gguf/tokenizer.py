@@ -12,10 +12,11 @@ from typing import Any
 from realm_jax.errors import GGUFError, RequestError
 from realm_jax.gguf.bpe import BytePairEncoder
 from realm_jax.gguf.incremental import IncrementalDecoder
+from realm_jax.gguf.partition import SpecialTokens
 from realm_jax.gguf.sentencepiece import SPACE, SentencePieceEncoder
-from realm_jax.gguf.special import SpecialTokens
+from realm_jax.gguf.special_tokens import Attribute
 from realm_jax.gguf.unicode import bytes_to_text, character_bytes, text_to_bytes
-from realm_jax.gguf.vocabulary import Attribute, Vocabulary, read_vocabulary
+from realm_jax.gguf.vocabulary import Vocabulary, read_vocabulary
 
 _HIDDEN = Attribute.CONTROL | Attribute.UNKNOWN
 
@@ -156,6 +157,6 @@ def _read_templates(metadata: Mapping[str, Any], source: str) -> dict[str, str]:
     for name, value in metadata.items():
         if name == key or name.startswith(key + "."):
             if not isinstance(value, str):
-                raise GGUFError(f"{source}: {name} must be a string, not {type(value).__name__}")
+                raise GGUFError(f"{source}: {name!r} must be a string, not {type(value).__name__}")
             templates[name[len(key) + 1 :] or "default"] = value
     return templates

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from realm_jax.gguf.vocabulary import Attribute, Vocabulary
+from realm_jax.gguf.special_tokens import Attribute
+from realm_jax.gguf.vocabulary import Vocabulary
 
 _SPACES = b" \t\n\v\f\r"
 
@@ -26,8 +27,9 @@ class SpecialTokens:
         """Cut a text into token ids and the stretches of text between them.
 
         The longest tokens (in bytes) are looked for first, the lowest id first among equals, each from left to
-        right. parse_special: control and unknown tokens count too. (llama.cpp leaves the order of equals to its
-        sorting routine; it matters only where two tokens of one length overlap in a text.)
+        right. parse_special: control and unknown tokens count too. (llama.cpp leaves the order of equals to the
+        sorting routine of its C++ library. It matters only where two tokens of one length overlap in a text, or
+        where one swallows the white space that the other is made of.)
         """
         pieces: list[int | bytes] = [data] if data else []
         for id, text, attributes in self._all if parse_special else self._always:
