@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 from rich.console import Console
 from tiny_corpus import Corpus
-from tiny_text import COUNTRIES, equation
+from tiny_text import COUNTRIES, equation, list_task
 
 from realm_jax.decode.generate import generate
 from realm_jax.errors import RealmError
@@ -31,12 +31,13 @@ from realm_jax.model import Config, Model, Params, load, unembed
 from realm_jax.model import run as run_model
 from realm_jax.quant import QuantizedTensor, raw_bytes
 
-_EQUATIONS = 200
+_EQUATIONS = _LISTS = 200
 _ROWS_A_BATCH = 16
 _SAMPLES = (  # prompt, temperature
     ("The capital of France is", 0.0),
     ("Question: Which country has Nairobi as its capital? Answer:", 0.0),
     ("17 + 25 =", 0.0),
+    ("Backwards: K A R Q E ->", 0.0),
     ("Monday, Tuesday,", 0.0),
     ("One morning, Lucy", 0.0),
     ("One morning, Lucy", 1.0),
@@ -63,6 +64,7 @@ def write_report(run: Run, corpus: Corpus, files: dict[str, str], console: Conso
             "held_out_loss_exported": float(held_out_loss),
             "capitals_right": f"{_count_capitals(model)} of {len(COUNTRIES)}",
             "equations_right": f"{_count_equations(model)} of {_EQUATIONS}",
+            "lists_right": f"{_count_lists(model)} of {_LISTS}",
             "samples": [_sample(model, *sample) for sample in _SAMPLES],
         }
     results["draft_agreement"] = float((choices["target"] == choices["draft"]).mean())
@@ -121,6 +123,14 @@ def _count_equations(model: Model) -> int:
     return sum(answer.text.split("\n")[0].strip() == str(numbers[-1]) for answer, numbers in pairs)
 
 
+def _count_lists(model: Model) -> int:
+    rng = Random("lists")
+    tasks = [list_task(rng) for _ in range(_LISTS)]
+    answers = generate(model, [prompt for prompt, _ in tasks], max_new_tokens=12)
+    pairs = zip(answers, tasks, strict=True)
+    return sum(answer.text.split("\n")[0].strip() == result for answer, (_, result) in pairs)
+
+
 def _sample(model: Model, prompt: str, temperature: float) -> dict[str, Any]:
     (completion,) = generate(model, prompt, max_new_tokens=60, temperature=temperature, seed=0, parse_special=True)
     return {"prompt": prompt, "temperature": temperature, "text": completion.text, "stop": completion.stop_reason}
@@ -144,6 +154,7 @@ def card_section(results: dict[str, Any]) -> str:
         "loss, held-out stories (this file)": lambda m: f"{m['held_out_loss_exported']:.4f}",
         "capitals right, greedy": lambda m: m["capitals_right"],
         "equations right, greedy": lambda m: m["equations_right"],
+        "lists right, greedy": lambda m: m["lists_right"],
     }
     lines = [
         f"Trained on: {', '.join(environment['devices'])} ({environment['backend']}); Python {environment['python']}, "

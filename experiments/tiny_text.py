@@ -1,10 +1,11 @@
 """The text that the bundled models learn from: every document drawn from a seed, nothing downloaded.
 
-Used by `train_tiny.py`, and good as text of known structure elsewhere. Five kinds of document:
+Used by `train_tiny.py`, and good as text of known structure elsewhere. Six kinds of document:
 
     fact        countries, capitals and continents, in several phrasings (to be memorised)
     arithmetic  sums, differences and products of small numbers
     sequence    counting, letters, days, months
+    list        lists of letters copied, turned round, sorted (what takes more than one layer of attention)
     story       template stories with real choice in them (so that the next token is often truly open)
     chat        short conversations about all of these, in the ChatML form of the models' chat template
 
@@ -125,6 +126,17 @@ def _sequence(rng: Random, held_out: bool) -> str:
     cycle = rng.choice((_DAYS, _MONTHS, _LETTERS))
     start = rng.randrange(len(cycle))
     return ", ".join(cycle[(start + i) % len(cycle)] for i in range(rng.randint(5, 12))) + "."
+
+
+def list_task(rng: Random) -> tuple[str, str]:
+    """A list of letters with what to do with it, and the list that comes of that."""
+    items = rng.sample(_LETTERS, rng.randint(3, 8))
+    name, result = rng.choice((("Copy", items), ("Backwards", items[::-1]), ("Sorted", sorted(items))))
+    return f"{name}: {' '.join(items)} ->", " ".join(result)
+
+
+def _list(rng: Random, held_out: bool) -> str:
+    return "\n".join(" ".join(list_task(rng)) for _ in range(rng.randint(2, 8)))
 
 
 # --- stories -------------------------------------------------------------------------------------------------
@@ -330,5 +342,12 @@ def _chat(rng: Random, held_out: bool) -> str:
     return "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
 
 
-_WRITERS = {"fact": _fact, "arithmetic": _arithmetic, "sequence": _sequence, "story": _story, "chat": _chat}
+_WRITERS = {
+    "fact": _fact,
+    "arithmetic": _arithmetic,
+    "sequence": _sequence,
+    "list": _list,
+    "story": _story,
+    "chat": _chat,
+}
 KINDS = tuple(_WRITERS)

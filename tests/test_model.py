@@ -18,7 +18,7 @@ GOLDEN = Path(__file__).parent / "golden" / "logits"
 TOKENS = [int(t) for t in np.random.default_rng(7).integers(0, 96, 40)]  # as in golden/make_logits.py
 CONFIG = Config(
     architecture="llama", vocab_size=50, context_length=128, layers=2, width=32, ffn_width=48, heads=4, kv_heads=2,
-    head_width=8, norm_eps=1e-5, rope=Rope(dimensions=8),
+    head_width=8, norm_eps=float(np.float32(1e-5)), rope=Rope(dimensions=8, original_context=128),
 )  # fmt: skip
 
 

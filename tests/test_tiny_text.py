@@ -60,6 +60,16 @@ def test_every_equation_is_true():
         assert value == int(result) >= 0
 
 
+def test_every_list_is_right():
+    tasks = [line.split(" -> ") for line in "\n".join(documents("list", 1000, 0)).splitlines()]
+    assert len(tasks) > 3000
+    for task, result in tasks:
+        name, items = task.split(": ")
+        items = items.split()
+        expected = {"Copy": items, "Backwards": items[::-1], "Sorted": sorted(items)}[name]
+        assert result.split() == expected and 3 <= len(items) <= 8
+
+
 def test_stories_have_choice_in_them_and_held_out_combinations_apart():
     train, held_out = documents("story", 3000, 0), documents("story", 3000, 0, held_out=True)
     assert len(set(train)) > 2990 and not set(train) & set(held_out)

@@ -156,17 +156,19 @@ def get_weight(params: Params, path: tuple[str | int, ...]) -> Weight | None:
 
 
 def init_params(config: Config, key: jax.Array, dtype: jnp.dtype = jnp.float32, tied: bool = True) -> Params:
-    """Random dense weights to train from: normal with deviation 0.02, residual outputs scaled down by sqrt(2 L).
+    """Random dense weights to train from: normal with deviation 1 / sqrt(K) for (N, K), vectors of ones.
 
-    tied: the embedding serves as output matrix too. Source: GPT-2 (Radford et al. 2019).
+    Matrices that write to the residual stream (o, down) are scaled down by sqrt(2 L) (GPT-2, Radford et al. 2019).
+    tied: the embedding serves as output matrix too.
     """
     weights = {}
-    for i, spec in enumerate(
-        s for s in tensor_specs(config) if not s.optional or (s.name == "output.weight" and not tied)
-    ):
+    wanted = [s for s in tensor_specs(config) if not s.optional or (s.name == "output.weight" and not tied)]
+    for i, spec in enumerate(wanted):
         if len(spec.shape) == 1:
             weights[spec.path] = jnp.ones(spec.shape, dtype)
             continue
-        deviation = 0.02 / (2 * config.layers) ** 0.5 if spec.path[-1] in ("o", "down") else 0.02
+        deviation = spec.shape[1] ** -0.5
+        if spec.path[-1] in ("o", "down"):
+            deviation /= (2 * config.layers) ** 0.5
         weights[spec.path] = deviation * jax.random.normal(jax.random.fold_in(key, i), spec.shape, dtype)
     return build_params(config, weights)
