@@ -149,8 +149,8 @@ def test_dense_formats_equal_gguf(name):
 
 def test_bit_fields_are_inverse():
     words = np.random.default_rng(2).integers(0, 1 << 32, (3, 8, 5), dtype=np.uint32)
-    for parts, mask in (((0, 4), 15), ((0, 2, 4, 6), 3), (tuple(range(8)), 1), ((0,), 255)):
-        np.testing.assert_array_equal(pack(unpack(words, parts, mask), parts), words)
+    for bits in (1, 2, 4, 8):
+        np.testing.assert_array_equal(pack(unpack(words, bits), bits), words)
     for signed in (False, True):
         values = unpack_bytes(words, signed=signed)
         assert (values.min() < 0) == signed

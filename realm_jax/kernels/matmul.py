@@ -12,7 +12,6 @@ import jax
 
 from realm_jax.errors import RealmError
 from realm_jax.kernels import reference
-from realm_jax.kernels.residency import packed_until
 from realm_jax.quant import QuantizedTensor
 
 Weight = jax.Array | QuantizedTensor
@@ -57,8 +56,8 @@ def matmul(x: jax.Array, w: Weight, *, impl: str = "auto") -> jax.Array:
     else:
         _check_serves(impl, x.shape, w)
     if isinstance(w, QuantizedTensor):
-        return _packed_matmul(impl, *packed_until(x, w))
-    return reference.dot(x, w) if w.dtype == x.dtype else reference.dot(*packed_until(x, w))
+        return _packed_matmul(impl, x, w)
+    return reference.dense_matmul(x, w)
 
 
 def _check_serves(impl: str, x_shape: tuple[int, ...], w: Weight) -> None:
@@ -85,7 +84,7 @@ def _packed_matmul_forward(impl: str, x: jax.Array, w: QuantizedTensor) -> tuple
 
 
 def _packed_matmul_backward(impl: str, w: QuantizedTensor, dy: jax.Array) -> tuple[jax.Array, None]:
-    return IMPLEMENTATIONS[impl].transposed(*packed_until(dy, w)), None
+    return IMPLEMENTATIONS[impl].transposed(dy, w), None
 
 
 _packed_matmul.defvjp(_packed_matmul_forward, _packed_matmul_backward)

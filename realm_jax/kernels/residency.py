@@ -1,4 +1,4 @@
-"""Keeps weights packed until the moment they are multiplied. Called by `matmul`.
+"""Keeps weights packed until the moment they are multiplied. Called by `reference`.
 
 Left alone, XLA computes everything that depends on weights alone as early as it can. Weights are constants of a decode
 loop, so it moves their dequantization out of the loop; and its CPU backend runs what is ready in breadth, so that even

@@ -8,12 +8,12 @@ the file packs in 12 bytes, are a byte each in the planes, four to a word.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from realm_jax.quant import encode_k, encode_legacy
 from realm_jax.quant.layout import Affine, Field, Format
 from realm_jax.quant.words import exact_product, unpack, unpack_bytes, unpack_halves
 
-NIBBLES, PAIRS, BITS = (0, 4), (0, 2, 4, 6), tuple(range(8))
 Planes = dict[str, jax.Array]
 
 SIX_LOW, FOUR_LOW, TWO_HIGH = np.uint32(0x3F3F3F3F), np.uint32(0x0F0F0F0F), np.uint32(0x30303030)
@@ -70,9 +70,9 @@ def pack_six_bit_scales(words: np.ndarray) -> np.ndarray:
     return np.stack([first, second, third], -1)
 
 
-def block_codes(words_WC: jax.Array, parts: tuple[int, ...], mask: int, size: int) -> jax.Array:
+def block_codes(words_WC: jax.Array, bits: int, size: int) -> jax.Array:
     """Codes in the order of the weights: int32 (..., G, S, n) with n = size and S sub-blocks in a super-block."""
-    values = unpack(words_WC, parts, mask)
+    values = unpack(words_WC, bits)
     blocks = int(np.prod(values.shape[-4:])) // 256
     return values.reshape(*values.shape[:-4], blocks, 256 // size, size)
 
@@ -90,8 +90,10 @@ def times(d: jax.Array, integers: jax.Array) -> jax.Array:
 
 def scales_and_mins(planes: Planes) -> tuple[jax.Array, jax.Array]:
     """Q4_K and Q5_K: scale and offset of the 8 sub-blocks of 32 weights, each float32 (..., G, 8)."""
-    pairs = unpack_bytes(planes["scales"][..., None, :]).reshape(*planes["d"].shape, 4, 2, 2)
-    scales, mins = (pairs[..., i, :].reshape(*planes["d"].shape, 8) for i in (0, 1))
+    words, blocks = planes["scales"][..., None], planes["d"].shape
+    shift = lax.iota(jnp.uint32, 2) * np.uint32(8)
+    scales, mins = (words >> (shift + np.uint32(start)) & np.uint32(0xFF) for start in (0, 16))
+    scales, mins = (values.astype(jnp.int32).reshape(*blocks, 8) for values in (scales, mins))
     d, dmin = unpack_halves(planes["d"])
     return times(d, scales), -times(dmin, mins)
 
@@ -99,25 +101,25 @@ def scales_and_mins(planes: Planes) -> tuple[jax.Array, jax.Array]:
 def decode_q2_k(planes: Planes) -> Affine:
     d, dmin = unpack_halves(planes["d"])
     both = block_bytes(planes["scales"])
-    return Affine(block_codes(planes["qs"], PAIRS, 3, 16), times(d, both & 0xF), -times(dmin, both >> 4))
+    return Affine(block_codes(planes["qs"], 2, 16), times(d, both & 0xF), -times(dmin, both >> 4))
 
 
 def decode_q3_k(planes: Planes) -> Affine:
-    codes = block_codes(planes["qs"], PAIRS, 3, 16) | block_codes(planes["hmask"], BITS, 1, 16) << 2
+    codes = block_codes(planes["qs"], 2, 16) | block_codes(planes["hmask"], 1, 16) << 2
     return Affine(codes - 4, times(planes["d"], block_bytes(planes["scales"]) - 32))
 
 
 def decode_q4_k(planes: Planes) -> Affine:
-    return Affine(block_codes(planes["qs"], NIBBLES, 0xF, 32), *scales_and_mins(planes))
+    return Affine(block_codes(planes["qs"], 4, 32), *scales_and_mins(planes))
 
 
 def decode_q5_k(planes: Planes) -> Affine:
-    codes = block_codes(planes["qs"], NIBBLES, 0xF, 32) | block_codes(planes["qh"], BITS, 1, 32) << 4
+    codes = block_codes(planes["qs"], 4, 32) | block_codes(planes["qh"], 1, 32) << 4
     return Affine(codes, *scales_and_mins(planes))
 
 
 def decode_q6_k(planes: Planes) -> Affine:
-    codes = block_codes(planes["ql"], NIBBLES, 0xF, 16) | block_codes(planes["qh"], PAIRS, 3, 16) << 4
+    codes = block_codes(planes["ql"], 4, 16) | block_codes(planes["qh"], 2, 16) << 4
     return Affine(codes - 32, times(planes["d"], block_bytes(planes["scales"], signed=True)))
 
 

@@ -7,24 +7,24 @@ for j < 16, the high nibble of byte j - 16 for the others; bit j of `qh` is the 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from realm_jax.quant import encode_legacy as encode
 from realm_jax.quant.layout import Affine, Field, Format
 from realm_jax.quant.words import unpack, unpack_bytes, unpack_halves
 
-NIBBLES = (0, 4)
 Planes = dict[str, jax.Array]
 
 
 def nibbles(planes: Planes) -> jax.Array:
     """The 4-bit codes of a block, (..., G, 1, 32)."""
-    codes = unpack(planes["qs"], NIBBLES, 0xF)
+    codes = unpack(planes["qs"], 4)
     return codes.reshape(*codes.shape[:-3], 1, 32)
 
 
 def five_bits(planes: Planes) -> jax.Array:
     """The 5-bit codes of a block, (..., G, 1, 32)."""
-    high = planes["qh"][..., None, None] >> np.arange(32, dtype=np.uint32)
+    high = planes["qh"][..., None, None] >> lax.iota(jnp.uint32, 32)
     return nibbles(planes) | ((high & np.uint32(1)) << np.uint32(4)).astype(jnp.int32)
 
 

@@ -12,7 +12,7 @@ from realm_jax.quant.formats import DENSE_FORMATS, FORMATS, get_format
 from realm_jax.quant.layout import Format
 from realm_jax.quant.tensor import QuantizedTensor
 
-STRIPE_WEIGHTS = 1 << 20  # the searching encoders hold some ten arrays of this many float32 at a time
+STRIPE_WEIGHTS = 1 << 18  # the searching encoders hold some ten arrays of this many float32 at a time
 
 
 def quantize(w: Any, format: str) -> jax.Array | QuantizedTensor:
@@ -58,11 +58,15 @@ def _all_finite(x: Any) -> bool:
 
 
 def _encode_in_stripes(kind: Format, w: Any) -> dict[str, jax.Array]:
-    """`kind.encode` over stripes of blocks, padded with zeros to a power of two: few compilations, little memory."""
+    """`kind.encode` over stripes of blocks of one size, the last padded with zeros.
+
+    So there is one compilation a format, little memory, and a block becomes the same bytes in a tensor of any shape
+    (compiled for another size, sums would be added in another order, and a search could end elsewhere).
+    """
     blocks = w.reshape(-1, kind.block_size)
-    step = min(STRIPE_WEIGHTS // kind.block_size, 1 << max(0, len(blocks) - 1).bit_length())
+    step = STRIPE_WEIGHTS // kind.block_size
     parts = []
-    for start in range(0, len(blocks), step):
+    for start in range(0, max(1, len(blocks)), step):
         part = jnp.asarray(blocks[start : start + step], jnp.float32)
         count = len(part)
         part = jnp.pad(part, ((0, step - count), (0, 0)))

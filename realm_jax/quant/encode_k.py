@@ -16,7 +16,6 @@ from jax import lax
 from realm_jax.quant.encode_legacy import Planes, blocks_of, largest
 from realm_jax.quant.words import pack, pack_bytes, pack_halves
 
-NIBBLES, PAIRS, BITS = (0, 4), (0, 2, 4, 6), tuple(range(8))
 NEGLIGIBLE = 1e-15  # smaller scales round to zero in float16 anyway, and must not be divided by
 
 
@@ -147,11 +146,11 @@ def times(d: jax.Array, integers: jax.Array) -> jax.Array:
     return d.astype(jnp.float32)[..., None] * integers
 
 
-def pack_codes(codes: jax.Array, parts: tuple[int, ...], words: int) -> jax.Array:
+def pack_codes(codes: jax.Array, bits: int, words: int) -> jax.Array:
     """Codes (..., G, S, n) to word-major planes of `words` words a chunk."""
-    per_chunk = len(parts) * words * 4
-    chunks = codes.shape[-3] * 256 // per_chunk
-    return pack(codes.reshape(*codes.shape[:-3], chunks, len(parts), words, 4), parts)
+    parts = 8 // bits
+    chunks = codes.shape[-3] * 256 // (parts * words * 4)
+    return pack(codes.reshape(*codes.shape[:-3], chunks, parts, words, 4), bits)
 
 
 def encode_scales_and_mins(x: jax.Array, search: Search, weights: jax.Array, bits: int) -> tuple[jax.Array, ...]:
@@ -173,7 +172,7 @@ def encode_q2_k(w: jax.Array) -> Planes:
     return {
         "d": d,
         "scales": pack_bytes(both.reshape(*w.shape[:-1], -1, 8)),
-        "qs": pack_codes(codes, PAIRS, 8),
+        "qs": pack_codes(codes, 2, 8),
     }
 
 
@@ -184,8 +183,8 @@ def encode_q3_k(w: jax.Array) -> Planes:
     return {
         "d": d,
         "scales": pack_bytes((scales + 32).reshape(*w.shape[:-1], -1, 8)),
-        "hmask": pack_codes(codes >> 2, BITS, 8),
-        "qs": pack_codes(codes & 3, PAIRS, 8),
+        "hmask": pack_codes(codes >> 2, 1, 8),
+        "qs": pack_codes(codes & 3, 2, 8),
     }
 
 
@@ -199,7 +198,7 @@ def six_bit_plane(scales: jax.Array, mins: jax.Array) -> jax.Array:
 def encode_q4_k(w: jax.Array) -> Planes:
     x = sub_blocks(w, 32)
     d, scales, mins, codes = encode_scales_and_mins(x, Search(15, -1.0, 21), rms_and_magnitude(x), 6)
-    return {"d": d, "scales": six_bit_plane(scales, mins), "qs": pack_codes(codes, NIBBLES, 8)}
+    return {"d": d, "scales": six_bit_plane(scales, mins), "qs": pack_codes(codes, 4, 8)}
 
 
 def encode_q5_k(w: jax.Array) -> Planes:
@@ -208,8 +207,8 @@ def encode_q5_k(w: jax.Array) -> Planes:
     return {
         "d": d,
         "scales": six_bit_plane(scales, mins),
-        "qh": pack_codes(codes >> 4, BITS, 8),
-        "qs": pack_codes(codes & 0xF, NIBBLES, 8),
+        "qh": pack_codes(codes >> 4, 1, 8),
+        "qs": pack_codes(codes & 0xF, 4, 8),
     }
 
 
@@ -220,6 +219,6 @@ def encode_q6_k(w: jax.Array) -> Planes:
     return {
         "d": d,
         "scales": pack_bytes(scales.reshape(*w.shape[:-1], -1, 8)),
-        "ql": pack_codes(codes & 0xF, NIBBLES, 16),
-        "qh": pack_codes(codes >> 4, PAIRS, 8),
+        "ql": pack_codes(codes & 0xF, 4, 16),
+        "qh": pack_codes(codes >> 4, 2, 8),
     }

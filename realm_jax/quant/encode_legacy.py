@@ -13,7 +13,6 @@ from jax import lax
 
 from realm_jax.quant.words import pack, pack_bytes, pack_halves
 
-NIBBLES = (0, 4)
 Planes = dict[str, jax.Array]
 
 
@@ -45,7 +44,7 @@ def truncate(scaled: jax.Array, middle: float, top: int) -> jax.Array:
 
 def code_planes(codes: jax.Array, bits: int) -> Planes:
     """Codes (..., G, 32) of 4 or 5 bits to `qs` and, for 5 bits, `qh`."""
-    planes = {"qs": pack((codes & 0xF).reshape(*codes.shape[:-1], 2, 4, 4), NIBBLES)}
+    planes = {"qs": pack((codes & 0xF).reshape(*codes.shape[:-1], 2, 4, 4), 4)}
     if bits == 5:
         high = (codes >> 4).astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32)
         planes["qh"] = high.sum(-1, dtype=jnp.uint32)

@@ -92,7 +92,7 @@ class Format:
         weights = self.product(scale[..., None], codes)
         if offset is not None:
             weights = weights + offset[..., None]
-        return weights.reshape(*weights.shape[:-3], -1)
+        return weights.reshape(*weights.shape[:-3], weights.shape[-3] * self.block_size)
 
     def blocks_in_row(self, width: int) -> int:
         """How many blocks a row of `width` weights has; RealmError unless it is a whole number."""

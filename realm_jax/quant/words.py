@@ -9,38 +9,39 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-BYTE_SHIFTS = 8 * np.arange(4, dtype=np.uint32)
+
+def field_shifts(bits: int) -> jax.Array:
+    """Where each field of `bits` bits of each byte starts in its word: uint32 (P, 1, 4), broadcast over the words.
+
+    Computed, not a constant: XLA's CPU backend would look a constant up for every weight, at half the speed.
+    """
+    part, byte = (lax.broadcasted_iota(jnp.uint32, (8 // bits, 1, 4), axis) for axis in (0, 2))
+    return part * np.uint32(bits) + byte * np.uint32(8)
 
 
-def shifts_PWb(parts: tuple[int, ...]) -> np.ndarray:
-    """Where each part of each byte starts in its word: (P, 1, 4), broadcast over the words."""
-    return np.array(parts, np.uint32)[:, None, None] + BYTE_SHIFTS
-
-
-def unpack(words_WC: jax.Array, parts: tuple[int, ...], mask: int) -> jax.Array:
-    """Word-major words (..., W, C) to small integers int32 (..., C, P, W, 4), the order of the weights."""
+def unpack(words_WC: jax.Array, bits: int) -> jax.Array:
+    """Word-major words (..., W, C) to fields of `bits` bits, int32 (..., C, P, W, 4): the order of the weights."""
     words = jnp.swapaxes(words_WC, -1, -2)[..., :, None, :, None]
-    return ((words >> shifts_PWb(parts)) & np.uint32(mask)).astype(jnp.int32)
+    return ((words >> field_shifts(bits)) & np.uint32((1 << bits) - 1)).astype(jnp.int32)
 
 
-def pack(codes_CPWb: jax.Array, parts: tuple[int, ...]) -> jax.Array:
-    """The inverse of `unpack`: non-negative integers (..., C, P, W, 4) that fit to words (..., W, C)."""
-    fields = codes_CPWb.astype(jnp.uint32) << shifts_PWb(parts)
+def pack(codes_CPWb: jax.Array, bits: int) -> jax.Array:
+    """The inverse of `unpack`: integers (..., C, P, W, 4) in 0..2**bits - 1 to words (..., W, C)."""
+    fields = codes_CPWb.astype(jnp.uint32) << field_shifts(bits)
     return jnp.swapaxes(fields.sum((-1, -3), dtype=jnp.uint32), -1, -2)
 
 
 def unpack_bytes(words_WC: jax.Array, *, signed: bool = False) -> jax.Array:
     """Word-major words (..., W, C) to bytes as int32 (..., C, 4 W)."""
-    words = jnp.swapaxes(words_WC, -1, -2)[..., None]
-    top = (words << BYTE_SHIFTS[::-1]).astype(jnp.int32) if signed else words >> BYTE_SHIFTS
-    out = top >> 24 if signed else (top & np.uint32(0xFF)).astype(jnp.int32)
-    return out.reshape(*out.shape[:-2], -1)
+    values = unpack(words_WC, 8)[..., 0, :, :]
+    values = (values << 24) >> 24 if signed else values
+    return values.reshape(*values.shape[:-2], 4 * values.shape[-2])
 
 
 def pack_bytes(values: jax.Array) -> jax.Array:
     """The inverse of `unpack_bytes` (either kind): integers (..., C, 4 W) to words (..., W, C)."""
-    values = values.reshape(*values.shape[:-1], -1, 1, 4).swapaxes(-2, -3)  # (..., C, 1, W, 4)
-    return pack(values & 0xFF, (0,))
+    values = values.reshape(*values.shape[:-1], 1, values.shape[-1] // 4, 4)
+    return pack(values & 0xFF, 8)
 
 
 def unpack_halves(word: jax.Array) -> tuple[jax.Array, jax.Array]:
