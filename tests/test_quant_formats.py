@@ -1,5 +1,6 @@
 """Formats: blocks -> planes -> blocks bit for bit, and dequantization equal to `gguf` and to the definitions."""
 
+import doctest
 import re
 from pathlib import Path
 
@@ -217,3 +218,8 @@ def test_tables_in_the_docs_are_those_of_the_code(path):
     text = path.read_text(encoding="utf-8")
     assert re.search("<!-- (formats|planes):begin -->", text)
     assert tables.renew(text) == text, f"run: python -m realm_jax.quant.table {path.relative_to(ROOT)}"
+
+
+def test_examples_in_the_docs_run():
+    failed, tried = doctest.testfile(str(ROOT / "docs" / "formats.md"), module_relative=False)
+    assert (failed, tried > 10) == (0, True)
