@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from random import Random
 
 import numpy as np
-from tiny_text import KINDS, documents
-from tiny_tokenizer import Vocabulary, train_vocabulary
 
 from realm_jax.errors import RealmError
+from tiny_text import KINDS, documents
+from tiny_tokenizer import Vocabulary, train_vocabulary
 
 _VOCABULARY_SHARE = 10  # the vocabulary is trained on one document in this many
 

@@ -21,8 +21,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from rich.console import Console
-from tiny_corpus import Corpus
-from tiny_text import COUNTRIES, equation, list_task
 
 from realm_jax.decode.generate import generate
 from realm_jax.errors import RealmError
@@ -30,6 +28,8 @@ from realm_jax.experiment import Run, read_json
 from realm_jax.model import Config, Model, Params, load, unembed
 from realm_jax.model import run as run_model
 from realm_jax.quant import QuantizedTensor, raw_bytes
+from tiny_corpus import Corpus
+from tiny_text import COUNTRIES, equation, list_task
 
 _EQUATIONS = _LISTS = 200
 _ROWS_A_BATCH = 16

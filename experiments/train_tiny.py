@@ -25,13 +25,13 @@ import optax
 import orbax.checkpoint as ocp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tiny_corpus import Corpus, TextConfig, make_corpus
-from tiny_report import write_report
 
 from realm_jax.errors import RealmError
 from realm_jax.experiment import Run, experiment_command, plot_curves
 from realm_jax.model import Config, Params, Rope, export, init_params, unembed
 from realm_jax.model import run as run_model
+from tiny_corpus import Corpus, TextConfig, make_corpus
+from tiny_report import write_report
 
 ROLES = ("target", "draft")
 _LICENSE = "apache-2.0"

@@ -1,21 +1,16 @@
 """The generated text, its vocabulary, and the rows that the bundled models are trained on."""
 
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-
+from realm_jax.errors import RealmError
 from tiny_corpus import TextConfig, make_corpus, pack_rows
 from tiny_text import CHATML_TEMPLATE, COUNTRIES, KINDS, documents, is_held_out
 from tiny_tokenizer import SPECIAL_TOKENS, train_vocabulary
-
-from realm_jax.errors import RealmError
 
 TEXT = TextConfig(dict.fromkeys(KINDS, 300), held_out=50, vocabulary=400, row_tokens=64)
 

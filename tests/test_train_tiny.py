@@ -14,12 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-
+import realm_jax as realm
 import tiny_report
 import train_tiny
-
-import realm_jax as realm
 from realm_jax.errors import RealmError
 from realm_jax.experiment import Run, load_config, read_json
 
