@@ -61,7 +61,7 @@ help:  ## list the targets
 	@echo "set-up: $(VENV) with EXTRA=$(EXTRA) (cpu, cuda12 or cuda13); PYTHON names the interpreter"
 
 demo: $(STAMP)  ## let the bundled model go on with "The capital of France is"
-	$(BIN)/realm generate --prompt "The capital of France is"
+	$(BIN)/realm generate --prompt "The capital of France is" --max-new-tokens 12
 
 test: $(STAMP)  ## run the tests, without the slow ones
 	$(PYTEST) -m "not slow"
