@@ -1,0 +1,63 @@
+"""What must hold on a GPU as it does on the CPU. Skipped unless REALM_TEST_GPU=1 (see tests/conftest.py)."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_model import TOKENS, nmse
+from test_quant_formats import assert_same_bits, expected, random_blocks
+
+import realm_jax as realm
+from realm_jax import quant
+from realm_jax.decode.loop import decode, init_state
+from realm_jax.decode.settings import Settings
+from realm_jax.kernels.matmul import matmul
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "logits"
+
+
+def test_there_is_a_gpu():
+    assert jax.default_backend() == "gpu"
+
+
+@pytest.mark.parametrize("name", sorted(quant.FORMATS))
+def test_dequantize_equals_gguf_bit_for_bit(name):
+    raw = random_blocks(name, 64, 3)
+    raw[:3] = 0
+    want = expected(raw, name)
+    assert_same_bits(realm.dequantize(raw, name, want.shape), want)
+
+
+@pytest.mark.parametrize("name", sorted(quant.FORMATS))
+@pytest.mark.parametrize("rows", [1, 5, 64])
+def test_matmul_is_float32(name, rows):
+    rng = np.random.default_rng(rows)
+    w = realm.quantize(rng.standard_normal((96, 512)).astype(np.float32), name)
+    x = rng.standard_normal((rows, 512)).astype(np.float32)
+    exact = x.astype(np.float64) @ np.asarray(w.dequantize(), np.float64).T
+    assert nmse(matmul(jnp.array(x), w), exact) < 1e-12
+
+
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.gguf")), ids=lambda p: p.stem)
+def test_logits_equal_llama_cpp(path):
+    logits = realm.forward(realm.load(path), jnp.array([TOKENS], jnp.int32))
+    assert nmse(logits[0], np.load(path.with_suffix(".npy"))) < 1e-8
+
+
+def test_weights_stay_packed_in_the_decode_loop():
+    """The scratch memory of the whole loop is far below what one dense copy of the weights would take."""
+    model = realm.load()
+    dense = 4 * sum(w.size for w in jax.tree.leaves(model.params, is_leaf=lambda w: hasattr(w, "planes")))
+    state = init_state(model.config, [[1, 2, 3]], [Settings(max_new_tokens=8)], size=64)
+    program = decode.lower(model.params, model.config, state, 8).compile()
+    assert program.memory_analysis().temp_size_in_bytes < dense / 3
+
+
+def test_generate_says_what_it_says_on_the_cpu():
+    prompts = ["The capital of France is", "17 + 25 =", "Backwards: K A R Q E ->"]
+    texts = [completion.text for completion in realm.generate(realm.load(), prompts, max_new_tokens=6)]
+    assert [text.split("\n")[0].split(".")[0].strip() for text in texts] == ["Paris", "42", "E Q R A K"]
+    alone = [realm.generate(realm.load(), prompt, max_new_tokens=6)[0].text for prompt in prompts]
+    assert texts == alone
