@@ -149,7 +149,7 @@ def score(
     models = (model,) if reference is None else (model, reference)
     params, configs = tuple(m.params for m in models), tuple(m.config for m in models)
     steps = []
-    for rows, chunks_BT in _batches(chunks_NT, min(batch, len(chunks_NT))):
+    for rows, chunks_BT in batches(chunks_NT, min(batch, len(chunks_NT))):
         scored = jax.tree.map(np.asarray, _score_step(params, configs, chunks_BT))
         steps.append(jax.tree.map(lambda x, rows=rows: x[:rows], scored))
         if on_chunks:
@@ -162,7 +162,7 @@ def default_batch(context: int, config: Config) -> int:
     return max(1, min(8, VALUES_AT_ONCE // (context * max(config.vocab_size, context * config.heads))))
 
 
-def _batches(chunks_NT: np.ndarray, batch: int) -> Iterator[tuple[int, np.ndarray]]:
+def batches(chunks_NT: np.ndarray, batch: int) -> Iterator[tuple[int, np.ndarray]]:
     """(rows that count, (batch, T) tokens); the last step is filled up, so that all have one shape."""
     for start in range(0, len(chunks_NT), batch):
         chunks = chunks_NT[start : start + batch]

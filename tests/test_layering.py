@@ -21,9 +21,10 @@ FLOORS = {
     "lora": 3,
     "model": 4,
     "decode": 5,
+    "evaluate": 5,
     "engine": 6,
     "finetune": 6,
-    "evaluate": 6,
+    "quantizer": 6,
     "experiment": 7,
     "cli": 7,
 }

@@ -4,6 +4,8 @@ Shape suffixes: `B` rows, `T` new tokens, `S` cache length, `D` width, `F` ffn w
 `K` kv heads, `C` head width, `V` vocabulary. Called by `model.transformer`.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -15,6 +17,7 @@ from realm_jax.model.rope import rotate
 from realm_jax.quant.tensor import QuantizedTensor
 
 Rotation = tuple[jax.Array, jax.Array]  # cosine and sine, (B, T, C / 2)
+Observe = Callable[[str, jax.Array], None]  # told, while tracing, a weight's field and its input (B, T, K)
 
 
 def embed(w_VD: Weight, tokens_BT: jax.Array) -> jax.Array:
@@ -30,6 +33,13 @@ def linear(x: jax.Array, w: Weight, bias: jax.Array | None = None) -> jax.Array:
     return y if bias is None else y + bias.astype(y.dtype)
 
 
+def project(x: jax.Array, weights: Attention | FeedForward, name: str, observe: Observe | None = None) -> jax.Array:
+    """The linear weight `name` of a block with its bias, applied to x (..., K); `observe` is told of x first."""
+    if observe is not None:
+        observe(name, x)
+    return linear(x, getattr(weights, name), getattr(weights, f"{name}_bias"))
+
+
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """Root-mean-square norm over the last axis, in float32 (Zhang and Sennrich 2019)."""
     x32 = x.astype(jnp.float32)
@@ -38,28 +48,34 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 def project_qkv(
-    w: Attention, config: Config, x_BTD: jax.Array, rotation: Rotation
+    w: Attention, config: Config, x_BTD: jax.Array, rotation: Rotation, observe: Observe | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normed input -> rotated queries (B, T, H, C), rotated keys and values (B, T, K, C)."""
     B, T, _ = x_BTD.shape
     C, halves = config.head_width, config.rope.halves
     x_BTD = rms_norm(x_BTD, w.norm, config.norm_eps)
-    q_BTHC = linear(x_BTD, w.q, w.q_bias).reshape(B, T, config.heads, C)
-    k_BTKC = linear(x_BTD, w.k, w.k_bias).reshape(B, T, config.kv_heads, C)
-    v_BTKC = linear(x_BTD, w.v, w.v_bias).reshape(B, T, config.kv_heads, C)
+    q_BTHC = project(x_BTD, w, "q", observe).reshape(B, T, config.heads, C)
+    k_BTKC = project(x_BTD, w, "k", observe).reshape(B, T, config.kv_heads, C)
+    v_BTKC = project(x_BTD, w, "v", observe).reshape(B, T, config.kv_heads, C)
     return rotate(q_BTHC, *rotation, halves), rotate(k_BTKC, *rotation, halves), v_BTKC
 
 
 def attend(
-    w: Attention, config: Config, q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, position_BT: jax.Array
+    w: Attention,
+    config: Config,
+    q_BTHC: jax.Array,
+    k_BSKC: jax.Array,
+    v_BSKC: jax.Array,
+    position_BT: jax.Array,
+    observe: Observe | None = None,
 ) -> jax.Array:
     """Attention and its output projection, (B, T, D)."""
     out_BTHC = attention(q_BTHC, k_BSKC, v_BSKC, position_BT, scale=config.head_width**-0.5)
-    return linear(out_BTHC.reshape(*out_BTHC.shape[:2], -1), w.o, w.o_bias)
+    return project(out_BTHC.reshape(*out_BTHC.shape[:2], -1), w, "o", observe)
 
 
-def feed_forward(w: FeedForward, config: Config, x_BTD: jax.Array) -> jax.Array:
+def feed_forward(w: FeedForward, config: Config, x_BTD: jax.Array, observe: Observe | None = None) -> jax.Array:
     """Gated feed-forward network with SiLU (Shazeer 2020), (B, T, D)."""
     x_BTD = rms_norm(x_BTD, w.norm, config.norm_eps)
-    gate_BTF = jax.nn.silu(linear(x_BTD, w.gate, w.gate_bias))
-    return linear(gate_BTF * linear(x_BTD, w.up, w.up_bias), w.down, w.down_bias)
+    gate_BTF = jax.nn.silu(project(x_BTD, w, "gate", observe))
+    return project(gate_BTF * project(x_BTD, w, "up", observe), w, "down", observe)

@@ -1,0 +1,65 @@
+"""One tensor from floats to a format, and what that cost. Called by `files`, stripe by stripe, and by `models`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from realm_jax import quant
+from realm_jax.quant import QuantizedTensor
+
+
+@dataclass
+class Errors:
+    """Squared differences between weights and their quantized form, summed up stripe by stripe in float64.
+
+    The weighted sums count a column as often as its importance says.
+    """
+
+    error: float = 0.0
+    square: float = 0.0
+    weighted_error: float = 0.0
+    weighted_square: float = 0.0
+    weighted: bool = field(default=False)
+
+    def add(self, w_NK: jax.Array, quantized: jax.Array | QuantizedTensor, importance_K: np.ndarray | None) -> None:
+        """Takes in one stripe; w_NK is what `quantized` was made from."""
+        if isinstance(quantized, QuantizedTensor):
+            quantized = quantized.dequantize()
+        self.weighted = importance_K is not None
+        weights_K = jnp.ones(w_NK.shape[-1]) if importance_K is None else jnp.asarray(importance_K)
+        sums = [float(np.asarray(rows, np.float64).sum()) for rows in _sums(w_NK, quantized, weights_K)]
+        self.error += sums[0]
+        self.square += sums[1]
+        self.weighted_error += sums[2]
+        self.weighted_square += sums[3]
+
+    @property
+    def relative(self) -> float:
+        """Mean squared error over mean square; 0 for weights that are all zero."""
+        return self.error / self.square if self.square else 0.0
+
+    @property
+    def relative_weighted(self) -> float | None:
+        """The same with importance; None where there was none."""
+        if not self.weighted:
+            return None
+        return self.weighted_error / self.weighted_square if self.weighted_square else 0.0
+
+
+@jax.jit
+def _sums(w_NK: jax.Array, quantized_NK: jax.Array, weights_K: jax.Array) -> tuple[jax.Array, ...]:
+    """Row by row: squared errors, squares, and both weighted; each (N,)."""
+    error_NK, square_NK = jnp.square(quantized_NK.astype(jnp.float32) - w_NK), jnp.square(w_NK)
+    return tuple(jnp.sum(x, -1) for x in (error_NK, square_NK, error_NK * weights_K, square_NK * weights_K))
+
+
+def encode(w: Any, format: str, importance: Any | None, method: str) -> jax.Array | QuantizedTensor:
+    """`quant.quantize`, which takes importance only for block formats: dense ones have nothing to choose."""
+    if importance is None or format in quant.DENSE_FORMATS:
+        return quant.quantize(w, format)
+    return quant.quantize(w, format, importance=importance, method=method)
