@@ -143,7 +143,7 @@ def _embedding(mix: str, default: str) -> str:
         return "Q2_K"
     if mix in ("IQ2_S", "IQ2_M", "IQ3_XXS"):
         return "IQ3_S"
-    return "Q4_K" if mix in ("TQ1_0", "TQ2_0", "Q2_0") else default
+    return "Q4_K" if mix in ("TQ1_0", "TQ2_0") else default
 
 
 def _smallest(mix: str, default: str, category: str, sizes: Sizes, counts: dict[str, int]) -> str:

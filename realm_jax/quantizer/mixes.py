@@ -35,8 +35,6 @@ FILE_TYPES = {
     "Q5_0": FileType(8, "Q5_0"),
     "Q5_1": FileType(9, "Q5_1"),
     "Q8_0": FileType(7, "Q8_0"),
-    "Q1_0": FileType(40, "Q1_0"),
-    "Q2_0": FileType(41, "Q2_0"),
     "Q2_K": FileType(10, "Q2_K"),
     "Q2_K_S": FileType(21, "Q2_K"),
     "Q3_K_S": FileType(11, "Q3_K"),
@@ -69,7 +67,7 @@ UNIFORM = (*UNIFORM_IDS, "Q8_1", "Q8_K")
 # What takes the place of a format whose blocks do not divide the rows; where that does not fit either, F16.
 FALLBACKS = {
     **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
-    **dict.fromkeys(("Q2_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
+    **dict.fromkeys(("Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
     **{"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"},
     **{name: name for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q8_1", "IQ4_NL", "MXFP4")},
 }
@@ -227,7 +225,7 @@ def _layer_order(name: str) -> tuple[int, bytes]:
 
 def _resolve_kept(pattern: str, format: str) -> str:
     name = format.upper()
-    if name == COPY or name in DENSE or name in FALLBACKS or name in UNIFORM or name == "Q1_0":
+    if name == COPY or name in DENSE or name in FALLBACKS or name in UNIFORM:
         return name
     known = [*DENSE, *(n for n in TYPE_BY_NAME if n in FALLBACKS or n in UNIFORM), COPY]
     mix = f" ({name} is a mix: give a format)" if name in FILE_TYPES else ""
