@@ -1,8 +1,6 @@
 """One tensor from floats to a format, and what that cost. Called by `files`, stripe by stripe, and by `models`."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -13,30 +11,38 @@ from realm_jax import quant
 from realm_jax.quant import QuantizedTensor
 
 
-@dataclass
+@dataclass(frozen=True)
 class Errors:
-    """Squared differences between weights and their quantized form, summed up stripe by stripe in float64.
+    """Squared differences between weights and their quantized form, summed up in float64; `+` joins stripes.
 
-    The weighted sums count a column as often as its importance says.
+    weighted_error, weighted_square: a column counts as often as its importance says. weighted: there was importance.
     """
 
     error: float = 0.0
     square: float = 0.0
     weighted_error: float = 0.0
     weighted_square: float = 0.0
-    weighted: bool = field(default=False)
+    weighted: bool = False
 
-    def add(self, w_NK: jax.Array, quantized: jax.Array | QuantizedTensor, importance_K: np.ndarray | None) -> None:
-        """Takes in one stripe; w_NK is what `quantized` was made from."""
+    @classmethod
+    def between(
+        cls, w_NK: jax.Array, quantized: jax.Array | QuantizedTensor, importance_K: np.ndarray | None
+    ) -> "Errors":
+        """Of one stripe; w_NK, float32, is what `quantized` was made from."""
         if isinstance(quantized, QuantizedTensor):
             quantized = quantized.dequantize()
-        self.weighted = importance_K is not None
-        weights_K = jnp.ones(w_NK.shape[-1]) if importance_K is None else jnp.asarray(importance_K)
+        weights_K = np.ones(w_NK.shape[-1], np.float32) if importance_K is None else importance_K
         sums = [float(np.asarray(rows, np.float64).sum()) for rows in _sums(w_NK, quantized, weights_K)]
-        self.error += sums[0]
-        self.square += sums[1]
-        self.weighted_error += sums[2]
-        self.weighted_square += sums[3]
+        return cls(*sums, weighted=importance_K is not None)
+
+    def __add__(self, other: "Errors") -> "Errors":
+        return Errors(
+            self.error + other.error,
+            self.square + other.square,
+            self.weighted_error + other.weighted_error,
+            self.weighted_square + other.weighted_square,
+            self.weighted or other.weighted,
+        )
 
     @property
     def relative(self) -> float:
@@ -59,7 +65,7 @@ def _sums(w_NK: jax.Array, quantized_NK: jax.Array, weights_K: jax.Array) -> tup
 
 
 def encode(w: Any, format: str, importance: Any | None, method: str) -> jax.Array | QuantizedTensor:
-    """`quant.quantize`, which takes importance only for block formats: dense ones have nothing to choose."""
-    if importance is None or format in quant.DENSE_FORMATS:
+    """`quant.quantize`, but for dense formats, where there is nothing to choose and importance says nothing."""
+    if format in quant.DENSE_FORMATS or (importance is None and method == "ggml"):
         return quant.quantize(w, format)
     return quant.quantize(w, format, importance=importance, method=method)

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 import jax
 
 from realm_jax.errors import RealmError
-from realm_jax.gguf.types import Field, ValueType, shown
+from realm_jax.gguf.types import shown
 from realm_jax.model.model import Model
 from realm_jax.model.params import TensorSpec, Weight, build_params, get_weight, tensor_specs
 from realm_jax.quant import DENSE_FORMATS, QuantizedTensor
 from realm_jax.quantizer.encode import encode
 from realm_jax.quantizer.imatrix import Imatrix
-from realm_jax.quantizer.mixes import choose_formats, file_type_id, resolve_name
+from realm_jax.quantizer.metadata import quantized_fields
+from realm_jax.quantizer.mixes import choose_formats, resolve_name
 
 
 def quantize_model(
@@ -29,9 +30,7 @@ def quantize_model(
     if isinstance(formats, str):
         mix = resolve_name(formats)
         formats = formats_of_model(model, mix, has_imatrix=imatrix is not None)
-        if (number := file_type_id(mix)) is not None:
-            fields = dict(origin.fields) | {"general.file_type": Field(ValueType.UINT32, number)}
-            origin = dataclasses.replace(origin, fields=fields)
+        origin = dataclasses.replace(origin, fields=quantized_fields(origin.fields, mix, imatrix))
     for name in formats:
         if name not in specs:
             raise RealmError(f"{origin.source}: has no tensor {shown(name)} to quantize; its weights: {_some(specs)}")
