@@ -77,14 +77,17 @@ class Perplexity:
 class Divergence:
     """How far a model is from its reference over the scored tokens; KL in nats.
 
-    log_ratio: ln(perplexity / reference perplexity), its error from paired differences.
+    log_ratio: ln(perplexity / reference perplexity), its error from paired differences. kl_median_error and
+    kl_99_error: standard errors of these quantiles, see `quantile_error`.
     """
 
     reference: Perplexity
     log_ratio: Estimate
     kl: Estimate
     kl_median: float
+    kl_median_error: float
     kl_99: float
+    kl_99_error: float
     kl_max: float
     top1_agreement: Estimate
 
@@ -100,10 +103,26 @@ class Divergence:
             log_ratio=Estimate.of(scores.nll.astype(np.float64) - scores.reference_nll),
             kl=Estimate.of(kl),
             kl_median=float(median),
+            kl_median_error=quantile_error(kl, 0.5),
             kl_99=float(high),
+            kl_99_error=quantile_error(kl, 0.99),
             kl_max=float(kl.max()),
             top1_agreement=Estimate.of(scores.same_top),
         )
+
+
+def quantile_error(values: np.ndarray, probability: float) -> float:
+    """The standard error of the quantile of independent values; NaN where there are too few to say.
+
+    The share of values below the true quantile varies with a deviation of sqrt(p (1 - p) / n), so the quantiles at
+    p plus and minus that are about two standard errors apart (Woodruff, Journal of the American Statistical
+    Association 47, 1952). Too few are those of which the upper one would lie beyond the largest.
+    """
+    spread = math.sqrt(probability * (1 - probability) / max(1, values.size))
+    if not spread <= probability <= 1 - spread:
+        return math.nan
+    low, high = np.quantile(values, [probability - spread, probability + spread])
+    return float(high - low) / 2
 
 
 def chunk_tokens(tokens: Sequence[int], context: int, bos: int | None) -> np.ndarray:

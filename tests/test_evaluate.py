@@ -70,6 +70,10 @@ def test_divergence_equals_the_direct_computation(model, reference):
     assert ours.kl.error == pytest.approx(wanted["kl"].std() / np.sqrt(n - 1), rel=1e-3)
     assert ours.kl_median == pytest.approx(np.median(wanted["kl"]), rel=1e-3)
     assert ours.kl_99 == pytest.approx(np.quantile(wanted["kl"], 0.99), rel=1e-3)
+    deviation = np.sqrt(0.01 * 0.99 / n)
+    low, high = np.quantile(wanted["kl"], [0.99 - deviation, 0.99 + deviation])
+    assert ours.kl_99_error == pytest.approx((high - low) / 2, rel=1e-2)
+    assert 0 < ours.kl_median_error < ours.kl_99
     assert ours.kl_max == pytest.approx(wanted["kl"].max(), rel=1e-3)
     share = wanted["same_top"].mean()
     assert ours.top1_agreement.mean == pytest.approx(share)
@@ -163,6 +167,24 @@ def test_estimates():
     assert Perplexity.of(np.full(3, 1e4)).perplexity == np.inf
     with pytest.raises(RequestError, match="no reference"):
         Divergence.of(evaluate.Scores(nll=values))
+
+
+@pytest.mark.parametrize("probability", [0.5, 0.99])
+@pytest.mark.parametrize("spread", [0.5, 1.5])
+def test_errors_of_quantiles_are_their_spread(probability, spread):
+    """Over many samples of a skewed distribution, like that of KL, the mean of the errors is the true deviation."""
+    samples = np.random.default_rng(0).lognormal(-4, spread, (1000, 4000))
+    true = np.quantile(samples, probability, axis=1).std()
+    errors = [evaluate.quantile_error(sample, probability) for sample in samples]
+    assert np.mean(errors) == pytest.approx(true, rel=0.1)
+
+
+def test_errors_of_quantiles_of_few_values():
+    values = np.arange(100.0)
+    assert evaluate.quantile_error(values, 0.5) == pytest.approx(0.05 * 99)
+    assert np.isnan(evaluate.quantile_error(values[:90], 0.99))
+    assert np.isnan(evaluate.quantile_error(values[:1], 0.99))
+    assert evaluate.quantile_error(np.ones(500), 0.99) == 0
 
 
 def test_kl_divergence_takes_impossible_tokens():

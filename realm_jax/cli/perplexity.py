@@ -95,7 +95,8 @@ def _as_json(own: "Perplexity", divergence: "Divergence | None") -> dict[str, An
         estimate = getattr(divergence, name)
         key = "kl_mean" if name == "kl" else name
         result |= {key: estimate.mean, f"{key}_error": estimate.error}
-    return result | {name: getattr(divergence, name) for name in ("kl_median", "kl_99", "kl_max")}
+    quantiles = ("kl_median", "kl_median_error", "kl_99", "kl_99_error", "kl_max")
+    return result | {name: getattr(divergence, name) for name in quantiles}
 
 
 def _show(own: "Perplexity", divergence: "Divergence | None", facts: dict[str, Any]) -> None:
@@ -106,8 +107,10 @@ def _show(own: "Perplexity", divergence: "Divergence | None", facts: dict[str, A
         output.add_row(made, "perplexity of the reference", f"{reference.perplexity:.4f}", f"{reference.error:.4f}")
         output.add_row(made, "ln(perplexity / reference)", f"{ratio.mean:.6f}", f"{ratio.error:.6f}")
         output.add_row(made, "KL divergence, mean (nats)", f"{kl.mean:.6f}", f"{kl.error:.6f}")
-        output.add_row(made, "KL divergence, median", f"{divergence.kl_median:.6f}", "")
-        output.add_row(made, "KL divergence, 99%", f"{divergence.kl_99:.6f}", "")
+        output.add_row(
+            made, "KL divergence, median", f"{divergence.kl_median:.6f}", f"{divergence.kl_median_error:.6f}"
+        )
+        output.add_row(made, "KL divergence, 99%", f"{divergence.kl_99:.6f}", f"{divergence.kl_99_error:.6f}")
         output.add_row(made, "KL divergence, maximum", f"{divergence.kl_max:.6f}", "")
         output.add_row(made, "same token first", f"{top.mean:.3%}", f"{top.error:.3%}")
     output.console(sys.stdout).print(made)
