@@ -162,7 +162,7 @@ def test_errors(cli, model_file, text_file, tmp_path):
     write_imatrix(tmp_path / "other.gguf", calibrate(realm.load(), "The capital of France is Paris. " * 9, context=16))
     before = sorted(os.listdir(tmp_path))
     for wanted, *args in (
-        ("'Q7_K' is not a format", model_file, out, "--format", "Q7_K", "--calibrate", tmp_path / "none.txt"),
+        ("'Q7_K' is not a format", model_file, out, "--format", "Q7_K"),
         ("'Q9' is not a format for tensors 'blk.*'", model_file, out, "--format", "Q8_0", "--keep", "blk.*=Q9"),
         ("no tensor has such a name", model_file, out, "--format", "Q8_0", "--keep", "attn_q=Q8_0"),
         ("none.gguf: no such file", tmp_path / "none.gguf", out, "--format", "Q8_0"),
@@ -178,6 +178,23 @@ def test_errors(cli, model_file, text_file, tmp_path):
     ):
         assert wanted in error(cli("quantize", *args))
     assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize(
+    ("wanted", "args"),
+    [
+        ("'Q7_K' is not a format", ["--format", "Q7_K"]),
+        ("changes nothing", ["--format", "Q8_0", "--keep", "attn_q=Q8_0"]),
+        ("nonsense", ["--format", "Q8_0", "--method", "nonsense"]),
+    ],
+)
+def test_what_is_wrong_shows_before_a_calibration(cli, model_file, tmp_path, wanted, args):
+    """Before its text is even read: that does not exist here."""
+    none = tmp_path / "none.txt"
+    assert "none.txt" in error(
+        cli("quantize", model_file, tmp_path / "out.gguf", "--format", "Q8_0", "--calibrate", none)
+    )
+    assert wanted in error(cli("quantize", model_file, tmp_path / "out.gguf", *args, "--calibrate", none))
 
 
 def test_an_interrupt_leaves_nothing_behind(tmp_path):

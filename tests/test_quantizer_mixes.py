@@ -148,6 +148,13 @@ def test_layers_are_needed_where_experts_are():
         choose_formats("Q4_K_M", metadata, tensors)
 
 
+@pytest.mark.parametrize("value", ["8", 8.0, [], ["8"]])
+def test_metadata_that_is_no_number(value):
+    with pytest.raises(RealmError, match=r"key 'llama\.block_count' is .*: it must be an integer"):
+        choose_formats("Q4_K_M", LLAMA | {"llama.block_count": value}, WEIGHTS)
+    assert choose_formats("copy", LLAMA | {"llama.block_count": value}, WEIGHTS)  # does not matter here
+
+
 def test_file_types():
     assert {name: file_type_id(name) for name in ("F32", "Q2_K", "Q4_K", "Q4_K_M", "Q4_K_S", "Q8_K", "COPY")} == {
         **{"F32": 0, "Q2_K": 10, "Q4_K": 15, "Q4_K_M": 15, "Q4_K_S": 14, "Q8_K": None, "COPY": None}

@@ -100,11 +100,11 @@ def command(
 ) -> None:
     _check_usage(imatrix, calibration)
     from realm_jax.quantizer import quantize_file, read_imatrix
-    from realm_jax.quantizer.mixes import resolve_name
+    from realm_jax.quantizer.files import check_quantization
 
-    resolve_name(format_name)  # before a calibration that may take long
     importance = read_imatrix(imatrix) if imatrix else None
-    if calibration["calibrate"]:
+    if calibration["calibrate"]:  # may take long: what is wrong should show before
+        check_quantization(source, target, format_name, keep=keep, method=method, pure=pure)
         importance = _calibrate(source, **calibration)
     started = time.perf_counter()
     with output.progress() as bar:

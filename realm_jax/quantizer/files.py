@@ -53,10 +53,7 @@ def quantize_file(
     name = resolve_name(format)
     with open_gguf(source) as file:
         _refuse_own_file(file, Path(target))
-        tensors = {n: (info.format, info.shape) for n, info in file.tensors.items()}
-        plan = plan_formats(name, file.metadata, tensors, keep=keep, has_imatrix=imatrix is not None, pure=pure)
-        importance = _importance(file, plan, imatrix)
-        _check_formats(file, plan, importance, method)
+        plan, importance = _prepare(file, name, keep, imatrix, method, pure)
         warnings = tuple(_warnings(file, name, plan, importance, imatrix))
         for warning in warnings if on_warning else ():
             on_warning(warning)
@@ -71,6 +68,32 @@ def quantize_file(
         work = [(job.info.name, job.choice.format, job.info.shape, job.produce) for job in jobs]
         write_gguf(target, quantized_fields(file.fields, name, imatrix), work, alignment=file.alignment)
     return Report(str(source), str(target), name, tuple(reports), warnings)
+
+
+def check_quantization(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    format: str,
+    *,
+    keep: Rules = (),
+    method: str = "ggml",
+    pure: bool = False,
+) -> None:
+    """Raises what `quantize_file` would raise before it begins to work; for callers that calibrate first."""
+    with open_gguf(source) as file:
+        _refuse_own_file(file, Path(target))
+        _prepare(file, resolve_name(format), keep, None, method, pure)
+
+
+def _prepare(
+    file: GGUFFile, name: str, keep: Rules, imatrix: Imatrix | None, method: str, pure: bool
+) -> tuple[Plan, Importance]:
+    """What every tensor becomes, and the importance of those that have any; checked as far as that goes."""
+    tensors = {n: (info.format, info.shape) for n, info in file.tensors.items()}
+    plan = plan_formats(name, file.metadata, tensors, keep=keep, has_imatrix=imatrix is not None, pure=pure)
+    importance = _importance(file, plan, imatrix)
+    _check_formats(file, plan, importance, method)
+    return plan, importance
 
 
 def _refuse_own_file(file: GGUFFile, target: Path) -> None:

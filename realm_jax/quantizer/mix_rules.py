@@ -5,6 +5,7 @@ Called by `mixes` for one tensor after another, in llama.cpp's order, because so
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, NamedTuple
 
 from realm_jax.errors import RealmError
@@ -53,12 +54,18 @@ class Sizes:
 
     @classmethod
     def of(cls, metadata: Mapping[str, Any], names: Sequence[str], has_imatrix: bool) -> "Sizes":
-        """From the metadata of a file and the names of its tensors. Keys that are missing count as 0."""
+        """From the metadata of a file and the names of its tensors. Keys that are missing count as 0.
+
+        Raises RealmError for a key that is no integer.
+        """
         architecture = str(metadata.get("general.architecture", ""))
 
         def number(key: str, default: int = 0) -> int:
             value = metadata.get(f"{architecture}.{key}", default)
-            value = value[0] if isinstance(value, Sequence) or hasattr(value, "__len__") else value
+            if hasattr(value, "__len__") and not isinstance(value, str) and len(value):
+                value = value[0]  # one a layer
+            if not isinstance(value, Integral):
+                raise RealmError(f"key '{architecture}.{key}' is {shown(repr(value))}: it must be an integer")
             return int(value)
 
         heads, layers, experts = (number(k) for k in ("attention.head_count", "block_count", "expert_count"))

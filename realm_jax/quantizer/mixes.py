@@ -176,19 +176,20 @@ def plan_formats(
     keep = [(pattern, _resolve_kept(pattern, format)) for pattern, format in keep]
     default = FILE_TYPES[name].format if name in FILE_TYPES else name
     by_mix = name in FILE_TYPES and default not in DENSE and not pure
-    sizes = Sizes.of(metadata, list(tensors), has_imatrix)
+    sizes = Sizes.of(metadata, list(tensors), has_imatrix) if by_mix else None
+    architecture = str(metadata.get("general.architecture", ""))
     counts = dict.fromkeys(CATEGORIES, 0)
     plan, unused = {}, dict.fromkeys(range(len(keep)))
     for tensor in sorted(tensors, key=_layer_order):
         current, shape = tensors[tensor]
-        if not may_quantize(tensor, shape, sizes.architecture):
+        if not may_quantize(tensor, shape, architecture):
             plan[tensor] = Choice(current)
             continue
         rule = next((i for i, (pattern, _) in enumerate(keep) if fnmatchcase(tensor, pattern)), None)
         if rule is not None:
             unused.pop(rule, None)
             wanted = keep[rule][1]
-        elif by_mix:
+        elif sizes is not None:
             wanted = mixed_format(name, default, Tensor(tensor, shape), sizes, counts)
         else:
             wanted = default
