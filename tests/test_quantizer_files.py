@@ -293,8 +293,8 @@ def test_what_a_person_should_know_is_told_before_the_work(tmp_path):
 
 
 def test_no_more_than_a_stripe_in_float32(tmp_path):
-    """Two tensors of 32 million weights: one of them takes 128 MiB in float32, and 64 MiB as it stands in the file."""
-    rows, width = 8192, 4096
+    """Two tensors of 64 million weights: one of them takes 256 MiB in float32, and 128 MiB as it stands in the file."""
+    rows, width = 16384, 4096
     nbytes = 2 * rows * width
     zeros = np.broadcast_to(np.uint8(0), (nbytes,))
     small = [("blk.0.attn_q.weight", "F16", (1024, width), lambda: np.zeros(2 * 1024 * width, np.uint8))]
@@ -307,7 +307,7 @@ def test_no_more_than_a_stripe_in_float32(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     grown = int(done.stdout)
-    assert grown < 48 * 2**20, f"{grown / 2**20:.0f} MiB"
+    assert grown < 96 * 2**20, f"{grown / 2**20:.0f} MiB"
 
 
 PEAK = """

@@ -84,7 +84,7 @@ def _parse_rules(
     type=click.Path(path_type=Path),
     help="Keep what was measured, in llama.cpp's format (GGUF).",
 )
-@click.option("--method", metavar="NAME", default="ggml", show_default=True, help="How the codes are searched for.")
+@click.option("--method", metavar="NAME", help="How the codes are searched for; see docs/quantization.md.")
 @pre_option
 @common_options
 def command(
@@ -94,7 +94,7 @@ def command(
     keep: list[tuple[str, str]],
     pure: bool,
     imatrix: Path | None,
-    method: str,
+    method: str | None,
     as_json: bool,
     **calibration: Any,
 ) -> None:

@@ -25,15 +25,13 @@ class Errors:
     weighted: bool = False
 
     @classmethod
-    def between(
-        cls, w_NK: jax.Array, quantized: jax.Array | QuantizedTensor, importance_K: np.ndarray | None
-    ) -> "Errors":
-        """Of one stripe; w_NK, float32, is what `quantized` was made from."""
+    def between(cls, w: jax.Array, quantized: jax.Array | QuantizedTensor, importance: np.ndarray | None) -> "Errors":
+        """Of one stripe; w (..., N, K), float32, is what `quantized` was made from; importance broadcasts to it."""
         if isinstance(quantized, QuantizedTensor):
             quantized = quantized.dequantize()
-        weights_K = np.ones(w_NK.shape[-1], np.float32) if importance_K is None else importance_K
-        sums = [float(np.asarray(rows, np.float64).sum()) for rows in _sums(w_NK, quantized, weights_K)]
-        return cls(*sums, weighted=importance_K is not None)
+        weights = np.ones(w.shape[-1], np.float32) if importance is None else importance
+        sums = [float(np.asarray(rows, np.float64).sum()) for rows in _sums(w, quantized, weights)]
+        return cls(*sums, weighted=importance is not None)
 
     def __add__(self, other: "Errors") -> "Errors":
         return Errors(
@@ -58,14 +56,15 @@ class Errors:
 
 
 @jax.jit
-def _sums(w_NK: jax.Array, quantized_NK: jax.Array, weights_K: jax.Array) -> tuple[jax.Array, ...]:
-    """Row by row: squared errors, squares, and both weighted; each (N,)."""
-    error_NK, square_NK = jnp.square(quantized_NK.astype(jnp.float32) - w_NK), jnp.square(w_NK)
-    return tuple(jnp.sum(x, -1) for x in (error_NK, square_NK, error_NK * weights_K, square_NK * weights_K))
+def _sums(w: jax.Array, quantized: jax.Array, weights: jax.Array) -> tuple[jax.Array, ...]:
+    """Row by row: squared errors, squares, and both weighted; each (..., N)."""
+    error, square = jnp.square(quantized.astype(jnp.float32) - w), jnp.square(w)
+    return tuple(jnp.sum(x, -1) for x in (error, square, error * weights, square * weights))
 
 
-def encode(w: Any, format: str, importance: Any | None, method: str) -> jax.Array | QuantizedTensor:
-    """`quant.quantize`, but for dense formats, where there is nothing to choose and importance says nothing."""
-    if format in quant.DENSE_FORMATS or (importance is None and method == "ggml"):
-        return quant.quantize(w, format)
-    return quant.quantize(w, format, importance=importance, method=method)
+def encode(w: Any, format: str, importance: Any | None, method: str | None) -> jax.Array | QuantizedTensor:
+    """`quant.quantize`, but for dense formats, where there is nothing to weigh. method: None for its default."""
+    options: dict[str, Any] = {} if method is None else {"method": method}
+    if importance is not None and format not in quant.DENSE_FORMATS:
+        options["importance"] = importance
+    return quant.quantize(w, format, **options)

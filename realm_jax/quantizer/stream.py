@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from realm_jax import quant
@@ -18,7 +18,8 @@ from realm_jax.quantizer.encode import Errors, encode
 from realm_jax.quantizer.mixes import Choice
 from realm_jax.quantizer.report import TensorReport
 
-STRIPE_WEIGHTS = 1 << 20  # 4 MiB of float32: about the most that is unpacked at a time; larger is no faster
+# About so many weights are unpacked at a time: 4 MiB of float32 on a CPU, where more is no faster; a GPU wants work.
+STRIPE_WEIGHTS, GPU_STRIPE_WEIGHTS = 1 << 20, 1 << 25
 STRIPE_BYTES = 1 << 22  # copied at a time
 
 
@@ -30,7 +31,7 @@ class Job:
     info: TensorInfo
     choice: Choice
     importance_MK: np.ndarray | None
-    method: str
+    method: str | None
     done: Callable[[TensorReport], None]
 
     @property
@@ -76,25 +77,21 @@ class Job:
 
     def _quantized(self) -> Iterator[tuple[np.ndarray, Errors]]:
         info = self.info
-        rows, width = info.shape[-2], info.shape[-1]
-        step = max(1, STRIPE_WEIGHTS // width)
-        for matrix in range(math.prod(info.shape[:-2])):
-            importance_K = None if self.importance_MK is None else self.importance_MK[matrix]
-            for start in range(0, rows, step):
-                raw_MNB = self.file.raw(info.name).reshape(-1, rows, TYPE_BY_NAME[info.format].row_bytes(width))
-                raw_NB = raw_MNB[matrix, start : start + step]
-                self._check_finite(raw_NB, (matrix * rows + start) * width // TYPE_BY_NAME[info.format].block_size)
-                yield self._encode(raw_NB, (len(raw_NB), width), importance_K)
+        rows, width = info.shape[-2:]
+        kind = TYPE_BY_NAME[info.format]
+        for matrices, part in _stripes(math.prod(info.shape[:-2]), rows, width):
+            raw_MNB = self.file.raw(info.name).reshape(-1, rows, kind.row_bytes(width))[matrices, part]
+            self._check_finite(raw_MNB, (matrices.start * rows + part.start) * width // kind.block_size)
+            importance_M1K = None if self.importance_MK is None else self.importance_MK[matrices, None]
+            yield self._encode(raw_MNB, importance_M1K)
 
-    def _encode(
-        self, raw_NB: np.ndarray, shape: tuple[int, int], importance_K: np.ndarray | None
-    ) -> tuple[np.ndarray, Errors]:
-        w_NK = quant.dequantize(raw_NB, self.info.format, shape)
+    def _encode(self, raw_MNB: np.ndarray, importance_M1K: np.ndarray | None) -> tuple[np.ndarray, Errors]:
+        w_MNK = quant.dequantize(raw_MNB, self.info.format, (*raw_MNB.shape[:2], self.info.shape[-1]))
         try:
-            quantized = encode(w_NK, self.choice.format, importance_K, self.method)
+            quantized = encode(w_MNK, self.choice.format, importance_M1K, self.method)
         except RealmError as error:
             raise file_error(self.file.path, f"tensor {shown(self.info.name)}: {error}") from None
-        return quant.raw_bytes(quantized)[1], Errors.between(jnp.asarray(w_NK), quantized, importance_K)
+        return quant.raw_bytes(quantized)[1], Errors.between(w_MNK, quantized, importance_M1K)
 
     def _check_finite(self, raw: np.ndarray, first: int) -> None:
         """first: number of the first block (of the first value, for dense formats) of `raw` in the tensor."""
@@ -111,3 +108,12 @@ class Job:
             f"tensor {shown(self.info.name)} ({self.info.format}) is not finite: {where} {what}; "
             "every weight must be finite",
         )
+
+
+def _stripes(matrices: int, rows: int, width: int) -> Iterator[tuple[slice, slice]]:
+    """Which matrices and which of their rows, one stripe after another: several whole matrices, or rows of one."""
+    weights = STRIPE_WEIGHTS if jax.default_backend() == "cpu" else GPU_STRIPE_WEIGHTS
+    at_once, step = max(1, weights // (rows * width)), min(rows, max(1, weights // width))
+    for first in range(0, matrices, at_once):
+        for start in range(0, rows, step):
+            yield slice(first, first + at_once), slice(start, start + step)
