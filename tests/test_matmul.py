@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
+from test_quant_formats import random_weights
 
 from realm_jax.errors import RealmError
 from realm_jax.kernels import IMPLEMENTATIONS, choose_impl, matmul, reference
-from realm_jax.quant import FORMATS, quantize
+from realm_jax.quant import FORMATS
 
 every_format = pytest.mark.parametrize("name", FORMATS)
 
@@ -24,7 +25,8 @@ def make(name: str | None, n: int, k: int, *lead: int, seed: int = 0):
     """x (*lead, k) and weights (n, k), packed unless name is None."""
     rng = np.random.default_rng(seed)
     w_NK = rng.standard_normal((n, k), np.float32)
-    return jnp.asarray(rng.standard_normal((*lead, k), np.float32)), w_NK if name is None else quantize(w_NK, name)
+    w = w_NK if name is None else random_weights(name, n, k, seed=seed)
+    return jnp.asarray(rng.standard_normal((*lead, k), np.float32)), w
 
 
 @every_format

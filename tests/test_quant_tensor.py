@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_quant_formats import random_weights as packed
 
 from realm_jax.errors import RealmError
 from realm_jax.quant import (
@@ -17,16 +18,11 @@ from realm_jax.quant import (
     QuantizedTensor,
     dequantize,
     load_weight,
-    quantize,
     raw_bytes,
     row_bytes,
 )
 
 every_format = pytest.mark.parametrize("name", FORMATS)
-
-
-def packed(name: str, *shape: int, seed: int = 0) -> QuantizedTensor:
-    return quantize(np.random.default_rng(seed).standard_normal(shape, np.float32), name)
 
 
 def stack(tensors: list[QuantizedTensor]) -> QuantizedTensor:
@@ -168,8 +164,8 @@ def test_is_frozen():
 
 
 def test_dequantize_refuses_what_it_does_not_know():
-    with pytest.raises(RealmError, match="IQ2_XXS is a ggml format that is not supported"):
-        dequantize(np.zeros(66, np.uint8), "IQ2_XXS", (1, 256))
+    with pytest.raises(RealmError, match="Q1_0 is a ggml format that is not supported"):
+        dequantize(np.zeros(18, np.uint8), "Q1_0", (1, 128))
 
 
 SHARDED = """
@@ -180,7 +176,7 @@ from realm_jax.quant import quantize
 mesh = Mesh(np.array(jax.devices()), ("n",))
 w_NK = np.random.default_rng(0).standard_normal((8, 256)).astype(np.float32)
 x = np.random.default_rng(1).standard_normal((3, 256)).astype(np.float32)
-for name in ('Q5_1', 'Q8_0', 'Q3_K', 'Q4_K', 'Q6_K'):
+for name in ('Q5_1', 'Q8_0', 'Q3_K', 'Q4_K', 'Q6_K', 'IQ4_XS', 'NVFP4'):
     whole = quantize(w_NK, name)
     parts = jax.device_put(whole, NamedSharding(mesh, PartitionSpec("n")))
     for plane in parts.planes.values():

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from realm_jax.quant import encode_k, encode_legacy
-from realm_jax.quant.layout import Affine, Field, Format
+from realm_jax.quant.layout import F32, Affine, Field, Format
 from realm_jax.quant.words import exact_product, unpack, unpack_bytes, unpack_halves
 
 Planes = dict[str, jax.Array]
@@ -172,7 +172,7 @@ Q6_K = Format(
 )  # fmt: skip
 Q8_K = Format(
     "Q8_K", 256, 292,
-    (Field("d", 0, np.float32, floats=("d",)), words("qs", 4, 8, 8), words("bsums", 260, 1, 8)),
+    (Field("d", 0, np.float32, floats=("d",), number=F32), words("qs", 4, 8, 8), words("bsums", 260, 1, 8)),
     decode_q8_k, encode_legacy.encode_q8_k,
     product=exact_product,
 )  # fmt: skip

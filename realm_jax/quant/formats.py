@@ -8,7 +8,7 @@ import numpy as np
 
 from realm_jax.errors import RealmError
 from realm_jax.gguf.types import TYPE_BY_NAME
-from realm_jax.quant import blocks_k, blocks_legacy
+from realm_jax.quant import blocks_fp4, blocks_iq, blocks_k, blocks_legacy, blocks_ternary
 from realm_jax.quant.layout import STRIPE_BYTES, Format
 
 FORMATS: dict[str, Format] = {
@@ -26,6 +26,19 @@ FORMATS: dict[str, Format] = {
         blocks_k.Q5_K,
         blocks_k.Q6_K,
         blocks_k.Q8_K,
+        blocks_iq.IQ1_S,
+        blocks_iq.IQ1_M,
+        blocks_iq.IQ2_XXS,
+        blocks_iq.IQ2_XS,
+        blocks_iq.IQ2_S,
+        blocks_iq.IQ3_XXS,
+        blocks_iq.IQ3_S,
+        blocks_fp4.IQ4_NL,
+        blocks_fp4.IQ4_XS,
+        blocks_ternary.TQ1_0,
+        blocks_ternary.TQ2_0,
+        blocks_fp4.MXFP4,
+        blocks_fp4.NVFP4,
     )
 }
 DENSE_FORMATS: dict[str, np.dtype] = {
@@ -76,7 +89,6 @@ def _non_finite(raw: np.ndarray, format: str) -> np.ndarray:
         exponent = EXPONENTS[format]
         return (raw.view(exponent.dtype) & exponent) == exponent
     bad = np.zeros(len(raw) // FORMATS[format].block_bytes, bool)
-    for bits in FORMATS[format].scale_bits(raw):
-        exponent = EXPONENTS["F16" if bits.itemsize == 2 else "F32"]
-        bad |= (bits & exponent) == exponent
+    for bits, special in FORMATS[format].scale_bits(raw):
+        bad |= (bits & special) == special
     return bad

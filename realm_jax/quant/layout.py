@@ -5,7 +5,7 @@ A *plane* holds one field of all blocks of a tensor. Rows stay rows: a tensor of
 chunks of a row stands together. A *chunk* is the unit in which the bit layout of a format repeats (64 weights for
 Q4_K), C = G * chunks of them in a row of G blocks. Kernels then load neighbouring chunks as wide vectors.
 
-`blocks_legacy` and `blocks_k` describe the formats in these terms; `formats` collects them; `tensor` uses them.
+The modules `blocks_*` describe the formats in these terms; `formats` collects them; `tensor` uses them.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,9 +17,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from realm_jax.errors import RealmError
+from realm_jax.quant.words import unpack_halves
 
 STRIPE_BYTES = 1 << 18  # rows are moved in stripes of about this size, to stay in cache
 ALIGNMENT = 64  # what XLA's CPU backend wants of a buffer that it uses without a copy
+
+
+class Number(NamedTuple):
+    """A kind of floating-point number that blocks hold as scales.
+
+    special: the mask of the bits that are all ones in a NaN or infinity and in no other number.
+    read: a plane of such numbers -> float32 arrays, one for each name in the field's `floats`.
+    gather: for a number whose bits are scattered over its field, (..., items of the field) -> (...) bits (numpy).
+    """
+
+    special: np.generic
+    read: Callable[[jax.Array], tuple[jax.Array, ...]]
+    gather: Callable[[np.ndarray], np.ndarray] | None = None
+
+
+def read_halves(plane: jax.Array) -> tuple[jax.Array, ...]:
+    return (plane.astype(jnp.float32),) if plane.dtype == jnp.float16 else unpack_halves(plane)
+
+
+F16 = Number(np.uint16(0x7C00), read_halves)
+F32 = Number(np.uint32(0x7F800000), lambda plane: (plane,))
 
 
 class Field(NamedTuple):
@@ -27,9 +49,10 @@ class Field(NamedTuple):
 
     name: of the plane. offset: of the field in the block, in bytes. dtype: of the plane's items.
     chunks: chunks of a block. words: items of a chunk; 0 says one item a chunk and no word axis.
-    floats: the names of the floating-point scales in one item; two float16 share a uint32 word, low half first.
-    raw_words, unpack, pack: for a field whose bits are re-arranged: how many uint32 words it takes in the block, and
-    the two functions (..., raw_words) -> (..., chunks, max(words, 1)) and back.
+    floats: the names of the floating-point scales in the field; two float16 share a uint32 word, low half first.
+    number: what kind of numbers they are.
+    raw_words, raw_dtype, unpack, pack: for a field whose bits are re-arranged: how many items of which dtype it takes
+    in the block, and the two functions (..., raw_words) -> (..., chunks, max(words, 1)) and back.
     """
 
     name: str
@@ -38,9 +61,18 @@ class Field(NamedTuple):
     chunks: int = 1
     words: int = 0
     floats: tuple[str, ...] = ()
+    number: Number = F16
     raw_words: int = 0
+    raw_dtype: type = np.uint32
     unpack: Callable[[np.ndarray], np.ndarray] | None = None
     pack: Callable[[np.ndarray], np.ndarray] | None = None
+
+    @property
+    def raw_bytes(self) -> int:
+        """How many bytes of the block it takes."""
+        if self.raw_words:
+            return self.raw_words * np.dtype(self.raw_dtype).itemsize
+        return self.chunks * max(self.words, 1) * np.dtype(self.dtype).itemsize
 
     def tail(self, blocks: int) -> tuple[int, ...]:
         """The shape of the plane after the row axes, for rows of so many blocks."""
@@ -85,8 +117,8 @@ class Format:
     def dequantize(self, planes: dict[str, jax.Array]) -> jax.Array:
         """Planes to float32 (..., K), bit for bit what ggml's reference gives.
 
-        All products but Q8_K's are exact in float32 (11 bits of a float16 scale, at most 8 of a sub-block scale or
-        code and 5 of the other), so it does not matter whether a compiler fuses the product with the addition.
+        All products but Q8_K's are exact in float32 (11 bits of a float16 scale, at most 13 of a sub-block scale and
+        a code), so it does not matter whether a compiler fuses the product with the addition.
         """
         codes, scale, offset = self.decode(planes)
         weights = self.product(scale[..., None], codes)
@@ -120,9 +152,7 @@ class Format:
 
     def join(self, planes: dict[str, np.ndarray]) -> np.ndarray:
         """Planes to raw blocks, uint8 (..., G * block_bytes)."""
-        first = self.fields[0]
-        lead = planes[first.name].shape[: -len(first.tail(1))]
-        blocks = planes[first.name].shape[-1] // first.chunks
+        lead, blocks = self.rows_and_blocks(planes)
         raw = np.empty((*lead, blocks * self.block_bytes), np.uint8)
         rows = raw.reshape(-1, raw.shape[-1])
         flat = {f.name: np.asarray(planes[f.name]).reshape(len(rows), *f.tail(blocks)) for f in self.fields}
@@ -132,18 +162,34 @@ class Format:
                 self._items(field, rows[stripe], blocks)[...] = field.pack(plane) if field.pack else plane
         return raw
 
+    def rows_and_blocks(self, planes: dict[str, jax.Array]) -> tuple[tuple[int, ...], int]:
+        """The shape of the rows that planes hold, and how many blocks a row has."""
+        first = self.fields[0]
+        shape = planes[first.name].shape
+        return shape[: -len(first.tail(1))], shape[-1] // first.chunks
+
+    def block_scales(self, planes: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """The floating-point scales by their ggml names, float32 (..., G); (..., G, n) if a block has n of one name."""
+        fields = (field for field in self.fields if field.floats)
+        return {k: v for f in fields for k, v in zip(f.floats, f.number.read(planes[f.name]), strict=True)}
+
     def _items(self, field: Field, rows: np.ndarray, blocks: int) -> np.ndarray:
         """A view of the field in rows of raw bytes: (rows, G, chunks, words), or (rows, G, raw_words)."""
         tail = (field.raw_words,) if field.raw_words else (field.chunks, max(field.words, 1))
-        return block_view(rows, self.block_bytes, field.offset, np.uint32 if field.raw_words else field.dtype, tail)
+        dtype = field.raw_dtype if field.raw_words else field.dtype
+        return block_view(rows, self.block_bytes, field.offset, dtype, tail)
 
-    def scale_bits(self, raw: np.ndarray) -> Iterator[np.ndarray]:
-        """Each floating-point scale of blocks uint8 (bytes,), as a view of its bits: uint16 or uint32 (blocks,)."""
+    def scale_bits(self, raw: np.ndarray) -> Iterator[tuple[np.ndarray, np.generic]]:
+        """For each floating-point scale of blocks uint8 (bytes,): its bits (blocks,) and the `special` mask of these."""
         for field in self.fields:
-            dtype = np.dtype(np.uint32 if field.dtype is np.float32 else np.uint16)
-            for index in range(len(field.floats)):
-                offset = field.offset + index * dtype.itemsize
-                yield block_view(raw[None], self.block_bytes, offset, dtype, ())[0]
+            special, _, gather = field.number
+            blocks = len(raw) // self.block_bytes
+            if gather:
+                yield gather(self._items(field, raw[None], blocks)[0, :, 0]), special
+            elif field.floats:
+                count = field.raw_bytes // special.itemsize
+                bits = block_view(raw[None], self.block_bytes, field.offset, special.dtype, (count,))[0]
+                yield from ((bits[:, i], special) for i in range(count))
 
 
 def block_view(rows: np.ndarray, block_bytes: int, offset: int, dtype: type, tail: tuple[int, ...]) -> np.ndarray:

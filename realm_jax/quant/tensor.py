@@ -16,7 +16,6 @@ import numpy as np
 from realm_jax.errors import RealmError
 from realm_jax.quant.formats import DENSE_FORMATS, get_format, row_bytes
 from realm_jax.quant.layout import Affine, aligned_empty
-from realm_jax.quant.words import unpack_halves
 
 
 @flax.struct.dataclass(eq=False)
@@ -50,11 +49,11 @@ class QuantizedTensor:
         return _decode(self.planes, self.format)
 
     def block_scales(self) -> dict[str, jax.Array]:
-        """The floating-point scales of the blocks by their ggml names (`d`, `dmin`, ...), each float32 (..., N, G)."""
-        field = next(field for field in get_format(self.format).fields if field.floats)
-        plane = self.planes[field.name]
-        parts = unpack_halves(plane) if len(field.floats) == 2 else [plane.astype(jnp.float32)]
-        return dict(zip(field.floats, parts, strict=True))
+        """The floating-point scales of the blocks by their ggml names (`d`, `dmin`, ...), each float32 (..., N, G).
+
+        NVFP4 has four in a block, (..., N, G, 4). A scale that is no number is NaN, whatever ggml reads it as.
+        """
+        return get_format(self.format).block_scales(self.planes)
 
     def take(self, ids: jax.Array) -> jax.Array:
         """Rows by index, float32 (*ids.shape, K): gathers packed rows and dequantizes only these.
@@ -69,8 +68,9 @@ class QuantizedTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        kind, plane = get_format(self.format), self.planes["d"]
-        return (*plane.shape[:-1], plane.shape[-1] * kind.block_size)
+        kind = get_format(self.format)
+        rows, blocks = kind.rows_and_blocks(self.planes)
+        return (*rows, blocks * kind.block_size)
 
     @property
     def ndim(self) -> int:
@@ -83,7 +83,7 @@ class QuantizedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the planes on the device (Q3_K, Q4_K and Q5_K: 4 bytes a block more than in the file)."""
+        """Bytes of the planes on the device (where 6-bit scales become bytes, 2 or 4 a block more than in the file)."""
         return sum(plane.size * plane.dtype.itemsize for plane in self.planes.values())
 
     def __repr__(self) -> str:

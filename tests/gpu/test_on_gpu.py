@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_model import TOKENS, nmse
-from test_quant_formats import assert_same_bits, expected, random_blocks
+from test_quant_formats import assert_same_bits, expected, random_blocks, random_weights
 
 import realm_jax as realm
 from realm_jax import quant
@@ -34,7 +34,7 @@ def test_dequantize_equals_gguf_bit_for_bit(name):
 @pytest.mark.parametrize("rows", [1, 5, 64])
 def test_matmul_is_float32(name, rows):
     rng = np.random.default_rng(rows)
-    w = realm.quantize(rng.standard_normal((96, 512)).astype(np.float32), name)
+    w = random_weights(name, 96, 512, seed=rows)
     x = rng.standard_normal((rows, 512)).astype(np.float32)
     exact = x.astype(np.float64) @ np.asarray(w.dequantize(), np.float64).T
     assert nmse(matmul(jnp.array(x), w), exact) < 1e-12
