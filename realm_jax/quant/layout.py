@@ -180,7 +180,7 @@ class Format:
         return block_view(rows, self.block_bytes, field.offset, dtype, tail)
 
     def scale_bits(self, raw: np.ndarray) -> Iterator[tuple[np.ndarray, np.generic]]:
-        """For each floating-point scale of blocks uint8 (bytes,): its bits (blocks,) and the `special` mask of these."""
+        """For each floating-point scale of blocks uint8 (bytes,): its bits (blocks,) and the mask of special ones."""
         for field in self.fields:
             special, _, gather = field.number
             blocks = len(raw) // self.block_bytes
