@@ -238,7 +238,7 @@ def poison(tensors):
         (lambda t: t.pop("blk.0.attn_k.weight"), ["blk.0.attn_k.weight", "missing"]),
         (set_tensor("blk.0.attn_q_norm.weight", "F32", (16,), np.zeros(64, np.uint8)), ["attn_q_norm", "no place"]),
         (set_tensor("blk.0.attn_norm.weight", "F32", (63,), np.zeros(252, np.uint8)), ["(63,)", "(64,)"]),
-        (set_tensor("blk.0.attn_q.weight", "IQ4_NL", (64, 64), np.zeros((64, 36), np.uint8)), ["attn_q", "IQ4_NL"]),
+        (set_tensor("blk.0.attn_q.weight", "Q2_0", (64, 64), np.zeros((64, 18), np.uint8)), ["attn_q", "Q2_0"]),
         (set_tensor("blk.0.attn_q.weight", "I8", (64, 64), np.zeros((64, 64), np.uint8)), ["attn_q.weight", "I8"]),
         (
             set_tensor("blk.0.attn_q.weight", "Q8_0", (64, 64), np.full((64, 68), 255, np.uint8)),
