@@ -1,6 +1,7 @@
-"""The calibration pass against a forward pass written out in NumPy and float64, and against itself."""
+"""The calibration pass against llama.cpp's, against a forward pass written out in NumPy, and against itself."""
 
 import importlib
+from pathlib import Path
 
 import chex
 import jax
@@ -12,9 +13,11 @@ from realm_jax.errors import RequestError
 from realm_jax.evaluate import text_chunks
 from realm_jax.model.params import tensor_specs
 from realm_jax.quantizer.calibrate import calibrate, measure_inputs
+from realm_jax.quantizer.imatrix import read_imatrix
 
 TEXT = "In the beginning there was the word, and the word was thin. " * 8
 CONTEXT = 48
+GOLDEN = Path(__file__).parent / "golden" / "imatrix"
 module = importlib.import_module("realm_jax.quantizer.calibrate")  # the package hands on the function of that name
 
 
@@ -71,6 +74,22 @@ def test_importance_equals_a_forward_pass_written_out(model):
         np.testing.assert_allclose(values, wanted, rtol=1e-5, err_msg=name)
         assert ours.counts[name].tolist() == [chunks.size]
     assert (ours.chunks, ours.chunk_size) == chunks.shape
+
+
+@pytest.mark.parametrize("name", ["imatrix.gguf", "imatrix.dat"])
+def test_importance_equals_what_llama_imatrix_measures(name):
+    """On the same model and text, with llama.cpp's default tensors and with the output matrix."""
+    wanted = read_imatrix(GOLDEN / name)
+    text = (GOLDEN / "text.txt").read_text(encoding="utf-8")
+    ours = calibrate(realm.load(GOLDEN / "model.gguf"), text, context=64, output=name.endswith(".dat"))
+    assert ours.values.keys() == wanted.values.keys()
+    assert ("output.weight" in wanted.values) == name.endswith(".dat")
+    assert ours.chunks == wanted.chunks > 3
+    assert wanted.datasets == ("text.txt",)
+    for tensor, values in wanted.values.items():
+        np.testing.assert_allclose(ours.values[tensor], values, rtol=1e-4, err_msg=tensor)
+    if name.endswith(".gguf"):
+        assert (ours.chunk_size, ours.counts) == (wanted.chunk_size, wanted.counts)
 
 
 def test_what_llama_cpp_leaves_out_is_left_out(model):
