@@ -1,7 +1,7 @@
 """Encoders of MXFP4 and NVFP4: the largest weight decides the scale, the others are rounded to the nearest value.
 
-They give the bytes of ggml's quantize_row_mxfp4_ref and quantize_row_nvfp4_ref (ggml-quants.c). Importance changes
-nothing.
+They give the bytes of ggml's quantize_row_mxfp4_ref and quantize_row_nvfp4_ref (ggml-quants.c). Importance and
+method change nothing.
 """
 
 import jax

@@ -2,7 +2,8 @@
 
 The scales that ggml's quantize_row_iq4_nl_impl tries (ggml-quants.c, ntry = 7) are tried, each fitted by least squares
 to the values that it gives, and the one that leaves the least error is kept. The squared error of a weight x counts
-x^2 times; with importance q, q * sqrt(2 mean x^2 + x^2) times, with the mean over the block.
+x^2 times; with importance q, q * sqrt(2 mean x^2 + x^2) times, with the mean over the block. By method "mse" it counts
+once, or q times.
 """
 
 import jax
@@ -62,25 +63,27 @@ def search(x: jax.Array, weights: jax.Array) -> jax.Array:
     return lax.scan(attempt, start, jnp.array(TRIES, jnp.float32))[0][1]
 
 
-def fit(x: jax.Array, importance: jax.Array | None) -> jax.Array:
+def error_weights(x: jax.Array, importance: jax.Array | None, method: str | None) -> jax.Array:
+    """How often the squared error of each weight (..., G, S, 32) counts, up to a factor for each block: about 1."""
+    relative = x * inverse_or_zero(jnp.abs(x).max((-1, -2)))[..., None, None]  # its squares neither vanish nor overflow
+    squares = relative * relative
+    if importance is None:
+        return jnp.ones_like(x) if method == "mse" else squares
+    q = importance * inverse_or_zero(importance.max((-1, -2)))[..., None, None]
+    return q if method == "mse" else q * jnp.sqrt(2 * squares.mean((-1, -2), keepdims=True) + squares)
+
+
+def fit(x: jax.Array, importance: jax.Array | None, method: str | None) -> jax.Array:
     """The scales (..., G, S) that suit weights (..., G, S, 32), for importance of the same shape."""
     unit = extreme(x)
-    scaled = x * inverse_or_zero(unit)[..., None]  # so that squares neither vanish nor overflow
-    if importance is None:
-        weights = scaled * scaled
-    else:
-        relative = x * inverse_or_zero(jnp.abs(unit).max(-1))[..., None, None]
-        mean = (relative * relative).mean((-1, -2), keepdims=True)
-        q = importance * inverse_or_zero(importance.max((-1, -2)))[..., None, None]
-        weights = q * jnp.sqrt(2 * mean + relative * relative)
-    return search(scaled, weights) * unit
+    return search(x * inverse_or_zero(unit)[..., None], error_weights(x, importance, method)) * unit
 
 
-def encode(w: jax.Array, importance: jax.Array | None, size: int) -> tuple[jax.Array, jax.Array]:
+def encode(w: jax.Array, importance: jax.Array | None, method: str | None, size: int) -> tuple[jax.Array, jax.Array]:
     """Weights in sub-blocks (..., G, S, 32), for blocks of `size`, and the scales (..., G, S) that suit them."""
     x = sub_blocks(w, size)
     q = None if importance is None else sub_blocks(jnp.broadcast_to(importance, w.shape), size)
-    return x, lax.optimization_barrier(fit(x, q))
+    return x, lax.optimization_barrier(fit(x, q, method))
 
 
 def pack_codes(x: jax.Array, scales: jax.Array) -> jax.Array:
@@ -90,13 +93,13 @@ def pack_codes(x: jax.Array, scales: jax.Array) -> jax.Array:
 
 
 def encode_iq4_nl(w: jax.Array, importance: jax.Array | None = None, method: str | None = None) -> Planes:
-    x, scales = encode(w, importance, 32)
+    x, scales = encode(w, importance, method, 32)
     d = scales.astype(jnp.float16)
     return {"d": d[..., 0], "qs": pack_codes(x, d.astype(jnp.float32))}
 
 
 def encode_iq4_xs(w: jax.Array, importance: jax.Array | None = None, method: str | None = None) -> Planes:
-    x, scales = encode(w, importance, 256)
+    x, scales = encode(w, importance, method, 256)
     d = (extreme(scales) / -32).astype(jnp.float16)
     read = d.astype(jnp.float32)[..., None]
     integers = jnp.clip(jnp.round(scales * inverse_or_zero(read)), -32, 31)

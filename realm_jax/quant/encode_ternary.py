@@ -1,7 +1,7 @@
 """Encoders of TQ1_0 and TQ2_0: each weight to the nearest of -d, 0 and d, where d is the largest of the block.
 
 They give the bytes of ggml's quantize_row_tq1_0_ref and quantize_row_tq2_0_ref (ggml-quants.c); a half is rounded away
-from zero. Importance cannot change anything.
+from zero. Importance and method change nothing.
 """
 
 import jax
