@@ -12,7 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from realm_jax.errors import RealmError
-from realm_jax.experiment import Run, dump_toml, experiment_command, load_config, plot_curves, read_json
+from realm_jax.experiment import (
+    Run,
+    describe_run,
+    dump_toml,
+    experiment_command,
+    load_config,
+    markdown_table,
+    plot_curves,
+    read_json,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +181,18 @@ def test_plot_writes_an_image_without_a_display(tmp_path, monkeypatch):
     monkeypatch.delenv("DISPLAY", raising=False)
     path = plot_curves(tmp_path / "loss.png", {"train": ([1, 2, 3], [3.0, 2.0, 1.0]), "one": ([1], [2.0])}, log_y=True)
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_table_in_markdown():
+    table = markdown_table(("format", "KL"), [("Q4_K", "0.1"), ("Q8_0", "0.01")])
+    assert table == "| format | KL |\n| --- | --: |\n| Q4_K | 0.1 |\n| Q8_0 | 0.01 |\n"
+
+
+def test_a_run_can_be_described_in_one_line(tmp_path):
+    run = Run.create(Example(1, Inner(2)), "example", root=tmp_path, name="one")
+    environment = read_json(run.folder / "environment.json")
+    line = describe_run(environment)
+    assert line.startswith("`python ") and f"jax {environment['packages']['jax']}" in line and "\n" not in line
 
 
 def test_command_runs_main_with_the_config_and_a_run_directory(file, tmp_path):

@@ -6,6 +6,18 @@ produces lies in one folder under `runs/`.
 
 from realm_jax.experiment.command import experiment_command
 from realm_jax.experiment.config import dump_toml, load_config
-from realm_jax.experiment.run import Run, plot_curves, read_json
+from realm_jax.experiment.report import describe_run, markdown_table, new_figure, plot_curves, save_figure
+from realm_jax.experiment.run import Run, read_json
 
-__all__ = ["Run", "dump_toml", "experiment_command", "load_config", "plot_curves", "read_json"]
+__all__ = [
+    "Run",
+    "describe_run",
+    "dump_toml",
+    "experiment_command",
+    "load_config",
+    "markdown_table",
+    "new_figure",
+    "plot_curves",
+    "read_json",
+    "save_figure",
+]

@@ -1,4 +1,4 @@
-"""Run directories: one folder a run, with the resolved config, the environment, metrics and plots.
+"""Run directories: one folder a run, with the resolved config, the environment and metrics.
 
 Called by the scripts in `experiments/` and by the command line.
 """
@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,10 @@ class Run:
 
     def save_json(self, name: str, value: Any) -> Path:
         """Write `value` as `folder/name`, whole or not at all."""
-        text = json.dumps(value, indent=2, ensure_ascii=False, default=_plain) + "\n"
+        return self.save_text(name, json.dumps(value, indent=2, ensure_ascii=False, default=_plain) + "\n")
+
+    def save_text(self, name: str, text: str) -> Path:
+        """Write `text` as `folder/name`, whole or not at all."""
         return _replace_text(self.folder / name, text)
 
 
@@ -146,30 +149,3 @@ def _replace_text(path: Path, text: str) -> Path:
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
     return path
-
-
-def plot_curves(
-    path: str | Path,
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    *,
-    title: str = "",
-    x_label: str = "step",
-    y_label: str = "loss",
-    log_y: bool = False,
-) -> Path:
-    """A line plot as an image file (the suffix chooses the format); `curves` is label -> (x, y). Needs no display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for label, (x, y) in curves.items():
-        axes.plot(x, y, label=label, linewidth=1.5, marker="o" if len(x) == 1 else None)
-    axes.set(title=title, xlabel=x_label, ylabel=y_label, yscale="log" if log_y else "linear")
-    axes.grid(True, alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    if curves:
-        axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
-    return Path(path)
