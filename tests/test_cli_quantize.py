@@ -167,7 +167,6 @@ def test_errors(cli, model_file, text_file, tmp_path):
         ("no tensor has such a name", model_file, out, "--format", "Q8_0", "--keep", "attn_q=Q8_0"),
         ("none.gguf: no such file", tmp_path / "none.gguf", out, "--format", "Q8_0"),
         ("is the file to be quantized", model_file, model_file, "--format", "Q8_0"),
-        ("nonsense", model_file, out, "--format", "Q8_0", "--method", "nonsense"),
         ("does not exist", model_file, tmp_path / "none" / "out.gguf", "--format", "Q8_0"),
         ("is a folder", model_file, tmp_path, "--format", "Q8_0"),
         ("none.txt: cannot be read", model_file, out, "--format", "Q8_0", "--calibrate", tmp_path / "none.txt"),
@@ -185,7 +184,6 @@ def test_errors(cli, model_file, text_file, tmp_path):
     [
         ("'Q7_K' is not a format", ["--format", "Q7_K"]),
         ("changes nothing", ["--format", "Q8_0", "--keep", "attn_q=Q8_0"]),
-        ("nonsense", ["--format", "Q8_0", "--method", "nonsense"]),
     ],
 )
 def test_what_is_wrong_shows_before_a_calibration(cli, model_file, tmp_path, wanted, args):

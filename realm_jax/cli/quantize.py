@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from realm_jax.quantizer import Imatrix, Report, TensorReport, Totals
 
 DEFAULT_CONTEXT = 512  # llama-imatrix's
+METHOD_NAMES = ("refine", "mse", "search")  # those of realm_jax.quant.METHODS, default first, known without JAX
 
 HELP = """Write IN.gguf to OUT.gguf with its weights in another format.
 
@@ -84,7 +85,13 @@ def _parse_rules(
     type=click.Path(path_type=Path),
     help="Keep what was measured, in llama.cpp's format (GGUF).",
 )
-@click.option("--method", metavar="NAME", help="How the codes are searched for; see docs/quantization.md.")
+@click.option(
+    "--method",
+    type=click.Choice(METHOD_NAMES),
+    default=METHOD_NAMES[0],
+    show_default=True,
+    help="Which error the codes are searched for; see docs/quantization.md.",
+)
 @pre_option
 @common_options
 def command(
@@ -94,7 +101,7 @@ def command(
     keep: list[tuple[str, str]],
     pure: bool,
     imatrix: Path | None,
-    method: str | None,
+    method: str,
     as_json: bool,
     **calibration: Any,
 ) -> None:

@@ -10,9 +10,10 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
+
+from realm_jax.quant.opaque import opaque_zero
 
 Weights = TypeVar("Weights")
 
@@ -35,7 +36,7 @@ def _tie(x: jax.Array, leaves: list[jax.Array]) -> tuple[jax.Array, list[jax.Arr
     """An optimization barrier; and on CPU, where it is gone before operations are put in order, a real dependence."""
     x, leaves = lax.optimization_barrier((x, leaves))
     if jax.default_backend() == "cpu" and x.size:
-        zero = _opaque_zero(x)
+        zero = opaque_zero(x)
         leaves = [_flip_bits(leaf, zero) for leaf in leaves]
     return x, leaves
 
@@ -45,12 +46,6 @@ def _tie_vmap(size: int, batched: tuple, x: jax.Array, leaves: list[jax.Array]) 
     """One row of a batch of activations is enough to wait for; weights that are not batched must stay so."""
     _, tied = _tie(x[0] if batched[0] else x, leaves)
     return (x, tied), tuple(batched)
-
-
-def _opaque_zero(x: jax.Array) -> jax.Array:
-    """A uint32 zero made of the first number in x by arithmetic that XLA does not see through: n (n + 1) is even."""
-    n = lax.bitcast_convert_type(x.reshape(-1)[0].astype(jnp.float32), jnp.uint32)
-    return (n * (n + np.uint32(1))) & np.uint32(1)
 
 
 def _flip_bits(leaf: jax.Array, bits: jax.Array) -> jax.Array:

@@ -1,7 +1,8 @@
 """`quantize`: floats to a packed tensor. Used for exports, for merging adapters back, and by researchers."""
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,32 +11,48 @@ import numpy as np
 from realm_jax.errors import RealmError
 from realm_jax.quant.formats import DENSE_FORMATS, FORMATS, get_format
 from realm_jax.quant.layout import Format
+from realm_jax.quant.methods import DEFAULT_METHOD, METHODS
 from realm_jax.quant.tensor import QuantizedTensor
 
-STRIPE_WEIGHTS = 1 << 18  # the searching encoders hold some ten arrays of this many float32 at a time
+# So many weights are encoded at a time, with some ten arrays of that size: what stays in cache, or fills a GPU.
+CPU_STRIPE, GPU_STRIPE = 1 << 19, 1 << 25
 
 
-def quantize(w: Any, format: str) -> jax.Array | QuantizedTensor:
+def quantize(
+    w: Any, format: str, *, importance: Any = None, method: str = DEFAULT_METHOD
+) -> jax.Array | QuantizedTensor:
     """Weights (..., N, K) of any float dtype in a ggml format: packed, or a plain array for F32, F16 and BF16.
 
-    Deterministic. A QuantizedTensor is dequantized first. Also works on traced arrays, where the checks of values
-    cannot be made. RealmError if the format is not supported or has no encoder, K is not whole blocks, or a value is
-    not finite or too large for the format.
+    importance: how much the squared error at each input feature counts, finite and >= 0: (K,), or any shape that
+    broadcasts to the weights; usually the mean squares of the activations (llama.cpp's imatrix). Formats that only
+    round take no notice of it. method: "refine" weighs errors about as ggml does, "mse" by importance alone, "search"
+    is "refine" without its last fit; see docs/quantization.md.
+
+    Deterministic. A QuantizedTensor is dequantized first. Also works on traced arrays, where values cannot be checked.
+    RealmError if the format or method is not known or has no encoder, K is not whole blocks, the importance does not
+    fit, or a value is not finite or too large for the format.
     """
     if isinstance(w, QuantizedTensor):
         w = w.dequantize()
     elif not isinstance(w, jax.Array):
         w = np.asarray(w)
-    traced = isinstance(w, jax.core.Tracer)
+    if method not in METHODS:
+        raise RealmError(f"there is no method {method!r} to quantize by; these are known: {', '.join(METHODS)}")
     kind = None if format in DENSE_FORMATS else _with_encoder(format, w.shape)
-    if not traced and not _all_finite(w):
-        raise RealmError(f"cannot quantize to {format}: the weights {tuple(w.shape)} hold NaN or infinity")
+    if importance is not None:
+        importance = _checked_importance(importance, w.shape)
+    if isinstance(w, jax.core.Tracer) or isinstance(importance, jax.core.Tracer):
+        w = jax.lax.stop_gradient(w)  # codes are integers: their gradient is zero
+        if kind is None:
+            return w.astype(DENSE_FORMATS[format])
+        return QuantizedTensor(kind.encode(w, importance, method), format)
     if kind is None:
-        out = jnp.asarray(w).astype(DENSE_FORMATS[format])
-        fits = traced or _all_finite(out)
+        out, finite, fits = _cast(jnp.asarray(w), format)
     else:
-        out = QuantizedTensor(kind.encode(w) if traced else _encode_in_stripes(kind, w), format)
-        fits = traced or all(map(_all_finite, out.block_scales().values()))
+        planes, finite, fits = _encode_in_stripes(kind, w, importance, method)
+        out = QuantizedTensor(planes, format)
+    if not finite:
+        raise RealmError(f"cannot quantize to {format}: the weights {tuple(w.shape)} hold NaN or infinity")
     if not fits:
         raise RealmError(f"cannot quantize to {format}: weights up to {np.abs(w).max():.3g} are too large for it")
     return out
@@ -53,35 +70,88 @@ def _with_encoder(format: str, shape: tuple[int, ...]) -> Format:
     return kind
 
 
-def _all_finite(x: Any) -> bool:
-    return bool(jnp.isfinite(x).all())
-
-
-def _encode_in_stripes(kind: Format, w: Any) -> dict[str, jax.Array]:
-    """`kind.encode` over stripes of blocks of one size, the last padded with zeros.
-
-    So there is one compilation a format, little memory, and a block becomes the same bytes in a tensor of any shape
-    (compiled for another size, sums would be added in another order, and a search could end elsewhere).
-    """
-    blocks = w.reshape(-1, kind.block_size)
-    step = STRIPE_WEIGHTS // kind.block_size
-    parts = []
-    for start in range(0, max(1, len(blocks)), step):
-        part = jnp.asarray(blocks[start : start + step], jnp.float32)
-        count = len(part)
-        part = jnp.pad(part, ((0, step - count), (0, 0)))
-        parts.append({name: plane[:count] for name, plane in _encode(part, kind.name).items()})
-    rows, per_row = w.shape[:-1], w.shape[-1] // kind.block_size
-    return {f.name: _join_blocks(jnp.concatenate([p[f.name] for p in parts]), rows, per_row) for f in kind.fields}
+def _checked_importance(importance: Any, shape: tuple[int, ...]) -> jax.Array | np.ndarray:
+    if not isinstance(importance, jax.Array):
+        importance = np.asarray(importance, np.float32)
+    try:
+        fits = np.broadcast_shapes(importance.shape, shape) == shape and importance.shape[-1:] == shape[-1:]
+    except ValueError:
+        fits = False
+    if not fits:
+        raise RealmError(f"the importance {importance.shape} does not fit weights {shape}: give ({shape[-1]},)")
+    if not isinstance(importance, jax.core.Tracer) and not bool(((importance >= 0) & (importance < np.inf)).all()):
+        raise RealmError("the importance has a value that is negative, infinite or NaN: give finite numbers >= 0")
+    return importance
 
 
 @functools.partial(jax.jit, static_argnames="format")
-def _encode(blocks: jax.Array, format: str) -> dict[str, jax.Array]:
-    return get_format(format).encode(blocks)
+def _cast(w: jax.Array, format: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The weights in a dense format; whether they are all finite; whether the result is."""
+    out = w.astype(DENSE_FORMATS[format])
+    return out, jnp.isfinite(w).all(), jnp.isfinite(out).all()
 
 
-def _join_blocks(plane: jax.Array, rows: tuple[int, ...], per_row: int) -> jax.Array:
+class _Part(NamedTuple):
+    """What encoding a stripe gives: planes (B, ...) of rows of one block, and two flags about its values."""
+
+    planes: dict[str, jax.Array]
+    finite: jax.Array
+    fits: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("format", "method"))
+def _encode_stripe(blocks: jax.Array, importance: jax.Array | None, format: str, method: str) -> _Part:
+    kind = get_format(format)
+    planes = kind.encode(blocks, importance, method)
+    scales = kind.block_scales(planes).values()
+    fits = functools.reduce(jnp.logical_and, (jnp.isfinite(scale).all() for scale in scales))
+    return _Part(planes, jnp.isfinite(blocks).all(), fits)
+
+
+def _encode_in_stripes(kind: Format, w: Any, importance: Any, method: str) -> tuple[dict[str, jax.Array], bool, bool]:
+    """Planes of all rows; whether all weights are finite; whether all scales are.
+
+    Stripes of blocks have one size, the last is padded with zeros. So there is one compilation a format, little memory,
+    and a block becomes the same bytes in a tensor of any shape.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    xp = np if on_cpu else jnp  # the host joins what it computed itself, without compiling for every shape
+    blocks = w.reshape(-1, kind.block_size)
+    per_row, step = w.shape[-1] // kind.block_size, (CPU_STRIPE if on_cpu else GPU_STRIPE) // kind.block_size
+    importance_of = _importance_of_blocks(importance, w.shape, kind.block_size)
+
+    def encode(start: int) -> _Part:
+        part = xp.asarray(blocks[start : start + step], np.float32)  # here, for one compilation whatever the dtype
+        weights = importance_of(start, start + len(part))
+        padding = ((0, step - len(part)), (0, 0))
+        if len(part) < step:
+            part, weights = xp.pad(part, padding), None if weights is None else xp.pad(weights, padding)
+        return _encode_stripe(part, weights, kind.name, method)
+
+    starts = range(0, max(1, len(blocks)), step)
+    parts = [encode(start) for start in starts]
+    planes = {}
+    for name in parts[0].planes:
+        whole = xp.concatenate([xp.asarray(part.planes[name]) for part in parts])[: len(blocks)]
+        planes[name] = _by_rows(xp, whole, w.shape[:-1], per_row)
+    finite, fits = (all(bool(flag) for flag in flags) for flags in list(zip(*parts, strict=True))[1:])
+    return jax.device_put(planes), finite, fits
+
+
+def _importance_of_blocks(importance: Any, shape: tuple[int, ...], size: int) -> Callable[[int, int], Any]:
+    """A function (start, stop) -> importance of these blocks, counted over the whole tensor: (B, size), or None."""
+    if importance is None:
+        return lambda start, stop: None
+    if importance.size == shape[-1]:  # the same for every row
+        table = importance.reshape(-1, size)
+        return lambda start, stop: table[np.arange(start, stop) % len(table)]
+    xp = jnp if isinstance(importance, jax.Array) else np
+    whole = xp.broadcast_to(importance, shape).reshape(-1, size)
+    return lambda start, stop: whole[start:stop]
+
+
+def _by_rows(xp: Any, plane: Any, rows: tuple[int, ...], per_row: int) -> Any:
     """A plane of single blocks (blocks, [W,] chunks) as a plane of rows (*rows, [W,] per_row * chunks)."""
     *words, chunks = plane.shape[1:]
-    plane = jnp.moveaxis(plane.reshape(*rows, per_row, *words, chunks), len(rows), -2)
+    plane = xp.moveaxis(plane.reshape(*rows, per_row, *words, chunks), len(rows), -2)
     return plane.reshape(*rows, *words, per_row * chunks)

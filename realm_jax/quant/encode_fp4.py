@@ -11,6 +11,7 @@ from jax import lax
 
 from realm_jax.quant.codebooks import codebook
 from realm_jax.quant.encode_ternary import blocks_of
+from realm_jax.quant.methods import DEFAULT_METHOD
 from realm_jax.quant.small_floats import e8m0, e8m0_of, ue4m3, ue4m3_of
 from realm_jax.quant.words import pack, pack_bytes
 
@@ -28,14 +29,14 @@ def codes_fp4(x: jax.Array, scale: jax.Array) -> jax.Array:
     return codes | jnp.where((x < 0) & (codes != 0), np.uint32(8), np.uint32(0))
 
 
-def encode_mxfp4(w: jax.Array, importance: jax.Array | None = None, method: str | None = None) -> Planes:
+def encode_mxfp4(w: jax.Array, importance: jax.Array | None = None, method: str = DEFAULT_METHOD) -> Planes:
     x = blocks_of(w, 32)
     e = lax.optimization_barrier(e8m0_of(jnp.abs(x).max(-1)))
     codes = codes_fp4(x, e8m0(e))
     return {"e": e, "qs": pack(codes.reshape(*e.shape, 2, 4, 4), 4)}
 
 
-def encode_nvfp4(w: jax.Array, importance: jax.Array | None = None, method: str | None = None) -> Planes:
+def encode_nvfp4(w: jax.Array, importance: jax.Array | None = None, method: str = DEFAULT_METHOD) -> Planes:
     x = blocks_of(w, 16)
     top = jnp.abs(x).max(-1)
     scales = ue4m3_of(top / lax.optimization_barrier(jnp.full_like(top, 6)))  # not times a rounded sixth

@@ -2,8 +2,8 @@
 
 The scales that ggml's quantize_row_iq4_nl_impl tries (ggml-quants.c, ntry = 7) are tried, each fitted by least squares
 to the values that it gives, and the one that leaves the least error is kept. The squared error of a weight x counts
-x^2 times; with importance q, q * sqrt(2 mean x^2 + x^2) times, with the mean over the block. By method "mse" it counts
-once, or q times.
+rms + |x| times, with the root mean square of its 32 (ggml: x^2 times, which leaves more error); with importance q,
+q * sqrt(2 mean x^2 + x^2) times, with the mean over the block, as in ggml. By method "mse" it counts once, or q times.
 """
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from realm_jax.quant.codebooks import codebook
+from realm_jax.quant.methods import DEFAULT_METHOD, METHODS, NEGLECTED
 from realm_jax.quant.words import pack, pack_bytes
 
 Planes = dict[str, jax.Array]
@@ -63,23 +64,25 @@ def search(x: jax.Array, weights: jax.Array) -> jax.Array:
     return lax.scan(attempt, start, jnp.array(TRIES, jnp.float32))[0][1]
 
 
-def error_weights(x: jax.Array, importance: jax.Array | None, method: str | None) -> jax.Array:
+def error_weights(x: jax.Array, importance: jax.Array | None, method: str) -> jax.Array:
     """How often the squared error of each weight (..., G, S, 32) counts, up to a factor for each block: about 1."""
     relative = x * inverse_or_zero(jnp.abs(x).max((-1, -2)))[..., None, None]  # its squares neither vanish nor overflow
     squares = relative * relative
     if importance is None:
-        return jnp.ones_like(x) if method == "mse" else squares
-    q = importance * inverse_or_zero(importance.max((-1, -2)))[..., None, None]
-    return q if method == "mse" else q * jnp.sqrt(2 * squares.mean((-1, -2), keepdims=True) + squares)
+        return (
+            jnp.ones_like(x) if METHODS[method].plain else jnp.sqrt(squares.mean(-1, keepdims=True)) + jnp.abs(relative)
+        )
+    q = importance * inverse_or_zero(importance.max((-1, -2)))[..., None, None] + NEGLECTED
+    return q if METHODS[method].plain else q * jnp.sqrt(2 * squares.mean((-1, -2), keepdims=True) + squares)
 
 
-def fit(x: jax.Array, importance: jax.Array | None, method: str | None) -> jax.Array:
+def fit(x: jax.Array, importance: jax.Array | None, method: str) -> jax.Array:
     """The scales (..., G, S) that suit weights (..., G, S, 32), for importance of the same shape."""
     unit = extreme(x)
     return search(x * inverse_or_zero(unit)[..., None], error_weights(x, importance, method)) * unit
 
 
-def encode(w: jax.Array, importance: jax.Array | None, method: str | None, size: int) -> tuple[jax.Array, jax.Array]:
+def encode(w: jax.Array, importance: jax.Array | None, method: str, size: int) -> tuple[jax.Array, jax.Array]:
     """Weights in sub-blocks (..., G, S, 32), for blocks of `size`, and the scales (..., G, S) that suit them."""
     x = sub_blocks(w, size)
     q = None if importance is None else sub_blocks(jnp.broadcast_to(importance, w.shape), size)
@@ -92,13 +95,13 @@ def pack_codes(x: jax.Array, scales: jax.Array) -> jax.Array:
     return pack(codes.reshape(*x.shape[:-3], -1, 2, 4, 4), 4)
 
 
-def encode_iq4_nl(w: jax.Array, importance: jax.Array | None = None, method: str | None = None) -> Planes:
+def encode_iq4_nl(w: jax.Array, importance: jax.Array | None = None, method: str = DEFAULT_METHOD) -> Planes:
     x, scales = encode(w, importance, method, 32)
     d = scales.astype(jnp.float16)
     return {"d": d[..., 0], "qs": pack_codes(x, d.astype(jnp.float32))}
 
 
-def encode_iq4_xs(w: jax.Array, importance: jax.Array | None = None, method: str | None = None) -> Planes:
+def encode_iq4_xs(w: jax.Array, importance: jax.Array | None = None, method: str = DEFAULT_METHOD) -> Planes:
     x, scales = encode(w, importance, method, 256)
     d = (extreme(scales) / -32).astype(jnp.float16)
     read = d.astype(jnp.float32)[..., None]

@@ -1,224 +1,228 @@
 """Encoders that search: Q2_K to Q6_K. float32 weights to planes, in jnp, all blocks of an array at once.
 
-Each sub-block tries a row of candidate scales; every candidate rounds the weights to codes, refits the scale (and
-min) to these codes by weighted least squares, and the best stays. The super-block then rounds the scales of its
-sub-blocks to 4, 6 or 8 bits, and the weights are rounded once more with the scales that the reader will see. Search
-ranges and weights are those of ggml's quantizers without an importance matrix (ggml-quants.c), whose error this
-matches to within a per cent or two; the bytes need not be the same.
+Three steps. Every sub-block finds its own scale (and low end) among about the candidates that ggml's quantizers try.
+The super-block finds `d` (and `dmin`), of which these are small integer multiples. Then everything is fitted to
+everything else in turn, in the numbers that a reader will see: `d` and `dmin` to the codes by least squares, integers
+to the best of their neighbours, codes to scales. ggml has the first two steps and a last rounding of the codes; the
+bytes need not be the same. Which error is made small: see `methods`. Source: `quantize_row_q4_K_ref`,
+`quantize_row_q4_K_impl` and their neighbours in ggml-quants.c.
+
+Shapes: `S` sub-blocks of `n` weights in a super-block, `L` lanes (see `lanes`).
 """
 
+from collections.abc import Callable
+from itertools import product
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from realm_jax.quant.encode_legacy import Planes, blocks_of, largest
-from realm_jax.quant.words import pack, pack_bytes, pack_halves
+from realm_jax.quant.fit import (
+    SINGULAR,
+    Sums,
+    error_after,
+    fit_scale,
+    fit_scale_and_low,
+    inverse,
+    mean_square,
+    normalized,
+    quotient,
+    round_to_codes,
+)
+from realm_jax.quant.lanes import Columns, columns, pack_words, to_lanes, total
+from realm_jax.quant.methods import DEFAULT_METHOD, METHODS, importance_lanes, steps
+from realm_jax.quant.opaque import settle
+from realm_jax.quant.words import pack_halves
 
-NEGLIGIBLE = 1e-15  # smaller scales round to zero in float16 anyway, and must not be divided by
+Planes = dict[str, jax.Array]
 
 
-class Search(NamedTuple):
-    """Candidate scales: the span of the weights over `top + step`, for `count` steps of 0.1 from `first` on.
+class Kind(NamedTuple):
+    """What an encoder must know of a format, and how ggml weighs squared errors there.
 
-    top: the largest code. absolute: compare candidates by their absolute instead of their squared error.
+    size: weights of a sub-block. codes, scales: lowest and highest code, and integer scale. mins: whether there are
+    integer mins too, of the same range as the scales. tried: candidate scales of a sub-block, as codes beyond the last,
+    without and with importance. weigh: weights x (S, n, L) -> weight of each squared error, without importance.
+    spread: with importance i the weight is i sqrt(spread mean(x^2) + x^2), the mean over the super-block; 0: just i.
     """
 
-    top: int
-    first: float
-    count: int
-    absolute: bool = False
-
-    def steps(self) -> jax.Array:
-        return self.first + 0.1 * jnp.arange(self.count, dtype=jnp.float32)
-
-
-def safe(x: jax.Array) -> jax.Array:
-    """x where it can be divided by, else 1."""
-    return jnp.where(jnp.abs(x) < NEGLIGIBLE, 1, x)
+    size: int
+    codes: tuple[int, int]
+    scales: tuple[int, int]
+    mins: bool
+    tried: tuple[np.ndarray, np.ndarray]
+    weigh: Callable[[jax.Array], jax.Array]
+    spread: float
 
 
-def fit_scale_and_min(x: jax.Array, weights: jax.Array, search: Search) -> tuple[jax.Array, jax.Array]:
-    """For x ~ scale * code - low with codes 0..top and low >= 0: scale and low, (..., n) to (..., 1) each."""
+class Fit(NamedTuple):
+    """A super-block as it will be read, but for a common factor; integers are held as float32.
 
-    def total(values: jax.Array) -> jax.Array:
-        return (weights * values).sum(-1, keepdims=True)
+    d, dmin: (L). scales, mins: (S, L). codes: (S, n, L). dmin and mins are 0 where the format has none.
+    """
 
-    def error(codes: jax.Array, scale: jax.Array, low: jax.Array) -> jax.Array:
-        difference = scale * codes - low - x
-        return total(jnp.abs(difference) if search.absolute else difference**2)
-
-    def codes_for(step: jax.Array | float, low: jax.Array) -> jax.Array:
-        return jnp.clip(jnp.round((search.top + step) / safe(high + low) * (x + low)), 0, search.top)
-
-    def attempt(best: tuple[jax.Array, ...], step: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
-        codes = codes_for(step, best[2])
-        sum_c, sum_cc, sum_cx = total(codes), total(codes**2), total(codes * x)
-        determinant = sum_w * sum_cc - sum_c**2
-        scale = (sum_w * sum_cx - sum_x * sum_c) / jnp.where(determinant > 0, determinant, 1)
-        new_low = (sum_c * sum_cx - sum_cc * sum_x) / jnp.where(determinant > 0, determinant, 1)
-        alone = sum_cx / jnp.where(sum_cc > 0, sum_cc, 1)  # the best scale if low may not go below 0
-        scale, new_low = jnp.where(new_low < 0, alone, scale), jnp.maximum(new_low, 0)
-        candidate = error(codes, scale, new_low), scale, new_low
-        better = (determinant > 0) & (candidate[0] < best[0])
-        return tuple(jnp.where(better, new, old) for new, old in zip(candidate, best, strict=True)), None
-
-    high, low = x.max(-1, keepdims=True), jnp.maximum(-x.min(-1, keepdims=True), 0)
-    sum_w, sum_x = total(jnp.ones_like(x)), total(x)
-    first = (high + low) / search.top
-    start = error(codes_for(0.0, low), first, low), first, low
-    (_, scale, best_low), _ = lax.scan(attempt, start, search.steps())
-    flat = high + low < NEGLIGIBLE
-    return jnp.where(flat, 0, scale), jnp.where(flat, low, best_low)
+    d: jax.Array
+    scales: jax.Array
+    dmin: jax.Array
+    mins: jax.Array
+    codes: jax.Array
 
 
-def fit_scale(x: jax.Array, low: int) -> jax.Array:
-    """For x ~ scale * code with codes low..-low - 1: the scale, either sign, (..., n) to (..., 1). Weights are x**2."""
-    weights = x**2
-    extreme = largest(x)
-
-    def attempt(best: tuple[jax.Array, jax.Array], step: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
-        codes = jnp.clip(jnp.round((low - step) / safe(extreme) * x), low, -low - 1)
-        sum_cx, sum_cc = (weights * codes * x).sum(-1, keepdims=True), (weights * codes**2).sum(-1, keepdims=True)
-        scale = sum_cx / jnp.where(sum_cc > 0, sum_cc, 1)
-        candidate = scale * sum_cx, scale  # what the fit takes off the squared error
-        better = (sum_cc > 0) & (candidate[0] > best[0])
-        return tuple(jnp.where(better, new, old) for new, old in zip(candidate, best, strict=True)), None
-
-    steps = 0.1 * jnp.concatenate([jnp.zeros(1), jnp.arange(-9, 10)]).astype(jnp.float32)
-    (_, scale), _ = lax.scan(attempt, (jnp.zeros_like(extreme), extreme / low), steps)
-    return jnp.where(jnp.abs(extreme) < NEGLIGIBLE, 0, scale)
-
-
-def descend_scale(x: jax.Array, low: int, rounds: int = 5) -> jax.Array:
-    """As `fit_scale`, by coordinate descent: each code in turn moves to where the scale of all the others wants it."""
-    weights = x**2
-    extreme = largest(x)
-    codes = jnp.clip(jnp.round(low / safe(extreme) * x), low, -low - 1)
-    start = codes, (weights * codes * x).sum(-1), (weights * codes**2).sum(-1)
-
-    def move(step: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        codes, sum_cx, sum_cc = state
-        at = step % x.shape[-1]
-        x_i, w_i, c_i = (lax.dynamic_index_in_dim(a, at, -1, keepdims=False) for a in (x, weights, codes))
-        others_cx, others_cc = sum_cx - w_i * x_i * c_i, sum_cc - w_i * c_i**2
-        wanted = x_i * others_cc / jnp.where(others_cx > 0, others_cx, 1)
-        new = jnp.clip(jnp.round(wanted), low, -low - 1)
-        new_cx, new_cc = others_cx + w_i * x_i * new, others_cc + w_i * new**2
-        better = (others_cx > 0) & (new_cc > 0) & (new_cx**2 * sum_cc > sum_cx**2 * new_cc)
-        new, sum_cx, sum_cc = (jnp.where(better, a, b) for a, b in ((new, c_i), (new_cx, sum_cx), (new_cc, sum_cc)))
-        return lax.dynamic_update_index_in_dim(codes, new, at, -1), sum_cx, sum_cc
-
-    _, sum_cx, sum_cc = lax.fori_loop(0, rounds * x.shape[-1], move, start)
-    return jnp.where(sum_cc > 0, sum_cx / jnp.where(sum_cc > 0, sum_cc, 1), 0)[..., None]
+def fit_blocks(w: jax.Array, importance: jax.Array | None, method: str, kind: Kind) -> Fit:
+    """Rows (..., K) as super-blocks: d and dmin float16 (L), scales and mins int32 (S, L), codes int32 (256, L)."""
+    x, unit = normalized(to_lanes(w, 256))
+    x = x.reshape(-1, kind.size, *unit.shape)
+    weights = _weights(x, importance_lanes(importance, w, 256), kind, METHODS[method].plain)
+    x_n, w_n = columns(x, 1), columns(weights, 1)
+    tried = kind.tried[importance is not None]
+    sum_w = settle(total(w_n))
+    if kind.mins:
+        scale, low = fit_scale_and_low(x_n, w_n, kind.codes[1] + tried, kind.codes[1])
+        dmin, mins = _integers(low, sum_w, unit, kind)
+    else:
+        scale = fit_scale(x_n, w_n, kind.codes[0] - tried, *kind.codes)
+        dmin, mins = jnp.zeros_like(unit), jnp.zeros_like(scale)
+    d, scales = _integers(scale, sum_w, unit, kind)
+    fit = _with_codes(x, d, scales, dmin, mins, kind)
+    fit = lax.fori_loop(0, METHODS[method].rounds, lambda _, fit: _refit(x, w_n, unit, fit, kind), fit)
+    d, dmin = ((number * unit).astype(jnp.float16) for number in (fit.d, fit.dmin))
+    scales, mins, codes = (n.astype(jnp.int32) for n in (fit.scales, fit.mins, fit.codes))
+    return Fit(d, scales, dmin, mins, codes.reshape(256, *unit.shape))
 
 
-def round_scales(scales: jax.Array, top: int) -> tuple[jax.Array, jax.Array]:
-    """Scales >= 0 of the sub-blocks (..., G, S) to d, float16 (..., G), and integers 0..top."""
-    largest_scale = scales.max(-1, keepdims=True)
-    integers = jnp.clip(jnp.round(top / safe(largest_scale) * scales), 0, top).astype(jnp.int32)
-    return (largest_scale[..., 0] / top).astype(jnp.float16), integers
+def _weights(x: jax.Array, importance: jax.Array | None, kind: Kind, plain: bool) -> jax.Array:
+    """The weight of each squared error, (S, n, L)."""
+    if importance is None:
+        return settle(jnp.ones_like(x) if plain else kind.weigh(x))
+    importance = importance.reshape(x.shape)
+    if not plain and kind.spread:
+        importance *= jnp.sqrt(kind.spread * mean_square(x.reshape(256, *x.shape[2:])) + x**2)
+    return settle(importance)
 
 
-def round_signed_scales(scales: jax.Array, low: int) -> tuple[jax.Array, jax.Array]:
-    """Scales of either sign (..., G, S) to d, float16 (..., G), and integers low..-low - 1."""
-    extreme = largest(scales)
-    integers = jnp.clip(jnp.round(low / safe(extreme) * scales), low, -low - 1).astype(jnp.int32)
-    return (extreme[..., 0] / low).astype(jnp.float16), integers
+def _as_read(d: jax.Array, unit: jax.Array) -> jax.Array:
+    """What d becomes when d * unit is stored as float16 and read again."""
+    return settle((d * unit).astype(jnp.float16).astype(jnp.float32) / unit)
 
 
-def final_codes(x: jax.Array, scale: jax.Array, low: int, top: int) -> jax.Array:
-    """Weights (..., G, S, n) over the scales (..., G, S) as read, as codes low..top (0 under a scale of 0)."""
-    scale = scale[..., None]
-    return jnp.where(scale == 0, 0, jnp.clip(jnp.round(x / jnp.where(scale == 0, 1, scale)), low, top)).astype(
-        jnp.int32
-    )
+def _integers(scale: jax.Array, weights: jax.Array, unit: jax.Array, kind: Kind) -> tuple[jax.Array, jax.Array]:
+    """Scales of sub-blocks (S, L) as d (L) times integers (S, L), the squared errors weighted (S, L)."""
+    bottom, top = kind.scales
+    end = steps(-0.9, 0.9, 0.1) + (bottom or top)
+    d = _as_read(fit_scale(columns(scale), columns(weights), end, bottom, top), unit)
+    return d, settle(round_to_codes(scale, settle(inverse(d)), bottom, top))
 
 
-def sub_blocks(w: jax.Array, size: int) -> jax.Array:
-    """Rows (..., K) as (..., G, 256 / size, size)."""
-    x = blocks_of(w, 256)
-    return x.reshape(*x.shape[:-1], 256 // size, size)
+def _with_codes(x: jax.Array, d: jax.Array, scales: jax.Array, dmin: jax.Array, mins: jax.Array, kind: Kind) -> Fit:
+    by, low = settle((inverse(d * scales), dmin * mins))
+    codes = round_to_codes(x + low[:, None], by[:, None], *kind.codes)
+    return Fit(d, scales, dmin, mins, settle(codes))
 
 
-def times(d: jax.Array, integers: jax.Array) -> jax.Array:
-    return d.astype(jnp.float32)[..., None] * integers
+def _refit(x: jax.Array, w_n: Columns, unit: jax.Array, fit: Fit, kind: Kind) -> Fit:
+    """d and dmin to the codes, then integers to d, dmin and the codes, then codes to all: no error grows."""
+    d, scales, dmin, mins, codes = fit
+    residuals = x - settle(d * scales)[:, None] * codes + settle(dmin * mins)[:, None]
+    sums = Sums.of(w_n, columns(codes, 1), columns(residuals, 1))
+    none = jnp.zeros_like(scales)
+    sums = settle(sums._replace(ee=none) if kind.mins else Sums(none, none, sums.cc, none, sums.ce, none))
+    new_d, new_dmin = _refit_d(d, scales, dmin, mins, sums, unit)
+    grown, sunk = (new_d - d) * scales, (new_dmin - dmin) * mins  # the residuals lose so much a code, and gain so much
+    e, ce = sums.e - grown * sums.c + sunk * sums.w, sums.ce - grown * sums.cc + sunk * sums.c
+    sums = settle(sums._replace(e=e, ce=ce))
+
+    best, chosen = none, (scales, mins)
+    for steps_ in product((0, 1, -1), (0, 1, -1) if kind.mins else (0,)):
+        pair = tuple(jnp.clip(n + step, *kind.scales) for n, step in zip((scales, mins), steps_, strict=True))
+        found = error_after(sums, new_d * (pair[0] - scales), new_dmin * (pair[1] - mins))
+        chosen = tuple(jnp.where(found < best, new, old) for new, old in zip(pair, chosen, strict=True))
+        best = jnp.minimum(found, best)
+    scales, mins = settle(chosen)
+    return _with_codes(x, new_d, scales, new_dmin, mins, kind)
 
 
-def pack_codes(codes: jax.Array, bits: int, words: int) -> jax.Array:
-    """Codes (..., G, S, n) to word-major planes of `words` words a chunk."""
-    parts = 8 // bits
-    chunks = codes.shape[-3] * 256 // (parts * words * 4)
-    return pack(codes.reshape(*codes.shape[:-3], chunks, parts, words, 4), bits)
-
-
-def encode_scales_and_mins(x: jax.Array, search: Search, weights: jax.Array, bits: int) -> tuple[jax.Array, ...]:
-    """What Q2_K, Q4_K and Q5_K share: the `d` plane, the integer scales and mins (..., G, S), and the codes."""
-    scale, low = (fit[..., 0] for fit in fit_scale_and_min(x, weights, search))
-    (d, scales), (dmin, mins) = (round_scales(fit, (1 << bits) - 1) for fit in (scale, low))
-    codes = final_codes(x + times(dmin, mins)[..., None], times(d, scales), 0, search.top)
-    return pack_halves(d, dmin), scales, mins, codes
+def _refit_d(
+    d: jax.Array, scales: jax.Array, dmin: jax.Array, mins: jax.Array, sums: Sums, unit: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """d and dmin (L), rounded, that leave the least error for these integers and codes; the old where they do."""
+    terms = scales**2 * sums.cc, scales * mins * sums.c, mins**2 * sums.w, scales * sums.ce, mins * sums.e
+    cc, cm, mm, ce, me = settle(tuple(total(columns(term)) for term in terms))
+    over = quotient(jnp.ones_like(cc), jnp.where(cc * mm - cm**2 > SINGULAR * cc * mm, cc * mm - cm**2, 0))
+    whole = Sums(mm, cm, cc, me, ce, jnp.zeros_like(cc))
+    best, chosen = jnp.zeros_like(d), (d, dmin)
+    for more_d, more_dmin in (
+        ((ce * mm - cm * me) * over, (cm * ce - cc * me) * over),
+        (quotient(ce, cc), jnp.zeros_like(d)),
+    ):
+        pair = _as_read(d + more_d, unit), _as_read(jnp.maximum(dmin + more_dmin, 0), unit)
+        found = error_after(whole, pair[0] - d, pair[1] - dmin)
+        chosen = tuple(jnp.where(found < best, new, old) for new, old in zip(pair, chosen, strict=True))
+        best = jnp.minimum(found, best)
+    return settle(chosen)
 
 
 def rms_and_magnitude(x: jax.Array) -> jax.Array:
-    return jnp.sqrt((x**2).mean(-1, keepdims=True)) + jnp.abs(x)
+    return jnp.sqrt(mean_square(jnp.moveaxis(x, 1, 0)))[:, None] + jnp.abs(x)
 
 
-def encode_q2_k(w: jax.Array) -> Planes:
-    x = sub_blocks(w, 16)
-    d, scales, mins, codes = encode_scales_and_mins(x, Search(3, -0.5, 16, absolute=True), jnp.abs(x), 4)
-    both = scales | mins << 4
+WITH_IMPORTANCE = steps(-0.9, 0.9, 0.05)
+NIBBLE, SIX_BITS = (0, 15), (0, 63)
+Q2_K = Kind(16, (0, 3), NIBBLE, True, (steps(-0.9, 1, 0.1), WITH_IMPORTANCE), rms_and_magnitude, 1)
+Q3_K = Kind(16, (-4, 3), (-32, 31), False, (steps(-0.9, 0.9, 0.1), steps(-0.9, 0.9, 0.1)), rms_and_magnitude, 2)
+Q4_K = Kind(32, (0, 15), SIX_BITS, True, (steps(-1, 1, 0.1), WITH_IMPORTANCE), rms_and_magnitude, 2)
+Q5_K = Kind(32, (0, 31), SIX_BITS, True, (steps(-0.5, 1, 0.1), WITH_IMPORTANCE), rms_and_magnitude, 2)
+Q6_K = Kind(16, (-32, 31), (-128, 127), False, (steps(-0.9, 0.9, 0.1), steps(-0.9, 0.9, 0.1)), rms_and_magnitude, 0)
+
+
+def encode_q2_k(w: jax.Array, importance: jax.Array | None = None, method: str = DEFAULT_METHOD) -> Planes:
+    d, scales, dmin, mins, codes = fit_blocks(w, importance, method, Q2_K)
     return {
-        "d": d,
-        "scales": pack_bytes(both.reshape(*w.shape[:-1], -1, 8)),
-        "qs": pack_codes(codes, 2, 8),
+        "d": pack_halves(d, dmin),
+        "scales": pack_words(scales | mins << 4, 8, 2),
+        "qs": pack_words(codes, 2, 8),
     }
 
 
-def encode_q3_k(w: jax.Array) -> Planes:
-    x = sub_blocks(w, 16)
-    d, scales = round_signed_scales(descend_scale(x, -4)[..., 0], -32)
-    codes = final_codes(x, times(d, scales), -4, 3) + 4
+def encode_q3_k(w: jax.Array, importance: jax.Array | None = None, method: str = DEFAULT_METHOD) -> Planes:
+    d, scales, _, _, codes = fit_blocks(w, importance, method, Q3_K)
+    codes = codes + 4
     return {
         "d": d,
-        "scales": pack_bytes((scales + 32).reshape(*w.shape[:-1], -1, 8)),
-        "hmask": pack_codes(codes >> 2, 1, 8),
-        "qs": pack_codes(codes & 3, 2, 8),
+        "scales": pack_words(scales + 32, 8, 2),
+        "hmask": pack_words(codes >> 2, 1, 8),
+        "qs": pack_words(codes & 3, 2, 8),
     }
 
 
-def six_bit_plane(scales: jax.Array, mins: jax.Array) -> jax.Array:
-    """Integers (..., G, 8) to one word a chunk of 64 weights: scale, scale, min, min. (..., G * 4)"""
-    lead = (*scales.shape[:-2], scales.shape[-2] * 4)
-    values = jnp.concatenate([scales.reshape(*lead, 2), mins.reshape(*lead, 2)], -1)
-    return pack_bytes(values)[..., 0, :]
+def scales_of_chunks(scales: jax.Array, mins: jax.Array) -> jax.Array:
+    """Integers (8, L) as one word a chunk of 64 weights: scale, scale, min, min."""
+    bytes_ = jnp.concatenate([n.reshape(4, 2, *n.shape[1:]) for n in (scales, mins)], 1)
+    return pack_words(bytes_.reshape(16, *scales.shape[1:]), 8, 1)
 
 
-def encode_q4_k(w: jax.Array) -> Planes:
-    x = sub_blocks(w, 32)
-    d, scales, mins, codes = encode_scales_and_mins(x, Search(15, -1.0, 21), rms_and_magnitude(x), 6)
-    return {"d": d, "scales": six_bit_plane(scales, mins), "qs": pack_codes(codes, 4, 8)}
+def encode_q4_k(w: jax.Array, importance: jax.Array | None = None, method: str = DEFAULT_METHOD) -> Planes:
+    d, scales, dmin, mins, codes = fit_blocks(w, importance, method, Q4_K)
+    return {"d": pack_halves(d, dmin), "scales": scales_of_chunks(scales, mins), "qs": pack_words(codes, 4, 8)}
 
 
-def encode_q5_k(w: jax.Array) -> Planes:
-    x = sub_blocks(w, 32)
-    d, scales, mins, codes = encode_scales_and_mins(x, Search(31, -0.5, 16), rms_and_magnitude(x), 6)
+def encode_q5_k(w: jax.Array, importance: jax.Array | None = None, method: str = DEFAULT_METHOD) -> Planes:
+    d, scales, dmin, mins, codes = fit_blocks(w, importance, method, Q5_K)
     return {
-        "d": d,
-        "scales": six_bit_plane(scales, mins),
-        "qh": pack_codes(codes >> 4, 1, 8),
-        "qs": pack_codes(codes & 0xF, 4, 8),
+        "d": pack_halves(d, dmin),
+        "scales": scales_of_chunks(scales, mins),
+        "qh": pack_words(codes >> 4, 1, 8),
+        "qs": pack_words(codes & 0xF, 4, 8),
     }
 
 
-def encode_q6_k(w: jax.Array) -> Planes:
-    x = sub_blocks(w, 16)
-    d, scales = round_signed_scales(fit_scale(x, -32)[..., 0], -128)
-    codes = final_codes(x, times(d, scales), -32, 31) + 32
+def encode_q6_k(w: jax.Array, importance: jax.Array | None = None, method: str = DEFAULT_METHOD) -> Planes:
+    d, scales, _, _, codes = fit_blocks(w, importance, method, Q6_K)
+    codes = codes + 32
     return {
         "d": d,
-        "scales": pack_bytes(scales.reshape(*w.shape[:-1], -1, 8)),
-        "ql": pack_codes(codes & 0xF, 4, 16),
-        "qh": pack_codes(codes >> 4, 2, 8),
+        "scales": pack_words(scales & 0xFF, 8, 2),
+        "ql": pack_words(codes & 0xF, 4, 16),
+        "qh": pack_words(codes >> 4, 2, 8),
     }

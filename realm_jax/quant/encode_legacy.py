@@ -1,39 +1,39 @@
-"""Encoders that only round: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q8_1 and Q8_K. float32 weights to planes, in jnp.
+"""Encoders of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q8_1 and Q8_K. float32 weights to planes, in jnp.
 
-They give the bytes of ggml's reference quantizers (`quantize_row_*_ref` in ggml-quants.c; `gguf.quants`), which takes
-care in two places. XLA's CPU backend contracts a product and a sum to one rounding: so products are clamped before a
-constant is added. XLA rewrites x * (1 / d) and 1 / (a / b): so a barrier stands between the two operations.
+Without an importance they only round, and give the bytes of ggml's reference quantizers (`quantize_row_*_ref` in
+ggml-quants.c; `gguf.quants`). That takes care in two places. XLA's CPU backend contracts a product and a sum to one
+rounding: so products are clamped before a constant is added. XLA rewrites x * (1 / d) and 1 / (a / b): so a barrier
+stands between the two operations. With an importance, or by method "mse", the 4- and 5-bit formats search as
+`quantize_row_q4_0_impl` and its neighbours do.
+
+Shapes: `L` lanes (see `lanes`).
 """
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from realm_jax.quant.words import pack, pack_bytes, pack_halves
+from realm_jax.quant.fit import fit_scale, fit_scale_and_low, inverse, mean_square, normalized, round_to_codes
+from realm_jax.quant.lanes import columns, highest, largest, over_block, pack_words, to_lanes, to_plane, total
+from realm_jax.quant.methods import DEFAULT_METHOD, METHODS, importance_lanes, steps
+from realm_jax.quant.opaque import settle
+from realm_jax.quant.words import pack_halves, unpack_halves
 
 Planes = dict[str, jax.Array]
+Encoder = Callable[[jax.Array, jax.Array | None, str], Planes]
 
 
-def blocks_of(w: jax.Array, size: int) -> jax.Array:
-    """Rows (..., K) as blocks (..., G, size), float32."""
-    return w.astype(jnp.float32).reshape(*w.shape[:-1], w.shape[-1] // size, size)
-
-
-def largest(x: jax.Array) -> jax.Array:
-    """The (first) value of greatest magnitude in each block, sign and all: (..., n) to (..., 1)."""
-    return jnp.take_along_axis(x, jnp.argmax(jnp.abs(x), -1, keepdims=True), -1)
-
-
-def inverse(d: jax.Array) -> jax.Array:
+def inverse_alone(d: jax.Array) -> jax.Array:
     """1 / d, rounded on its own; 0 where d is 0."""
-    return lax.optimization_barrier(jnp.where(d == 0, 0, 1 / jnp.where(d == 0, 1, d)))
+    return settle(inverse(d))
 
 
 def divide(x: jax.Array, divisor: float) -> jax.Array:
     """x / divisor, not x times a rounded 1 / divisor."""
-    return x / lax.optimization_barrier(jnp.full_like(x, divisor))
+    return settle(x / lax.optimization_barrier(jnp.full_like(x, divisor)))
 
 
 def truncate(scaled: jax.Array, middle: float, top: int) -> jax.Array:
@@ -43,69 +43,96 @@ def truncate(scaled: jax.Array, middle: float, top: int) -> jax.Array:
 
 
 def code_planes(codes: jax.Array, bits: int) -> Planes:
-    """Codes (..., G, 32) of 4 or 5 bits to `qs` and, for 5 bits, `qh`."""
-    planes = {"qs": pack((codes & 0xF).reshape(*codes.shape[:-1], 2, 4, 4), 4)}
+    """Codes (32, L) of 4 or 5 bits to `qs` and, for 5 bits, `qh`."""
+    codes = codes.astype(jnp.uint32)
+    planes = {"qs": pack_words(codes & np.uint32(0xF), 4, 4)}
     if bits == 5:
-        high = (codes >> 4).astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32)
-        planes["qh"] = high.sum(-1, dtype=jnp.uint32)
+        planes["qh"] = total((code >> np.uint32(4)) << np.uint32(i) for i, code in enumerate(columns(codes)))
     return planes
 
 
-def encode_centered(bits: int) -> Callable[[jax.Array], Planes]:
-    """Q4_0, Q5_0: d is such that the largest weight gets the lowest code."""
+def encode_centered(bits: int) -> Encoder:
+    """Q4_0, Q5_0: the largest weight gets about the lowest code."""
     middle = 1 << (bits - 1)
 
-    def encode(w: jax.Array) -> Planes:
-        x = blocks_of(w, 32)
-        d = largest(x) / -middle  # a power of two: exact
-        codes = truncate(x * inverse(d), middle, 2 * middle - 1)
-        return {"d": d[..., 0].astype(jnp.float16), **code_planes(codes, bits)}
+    def encode(w: jax.Array, importance: jax.Array | None = None, method: str = DEFAULT_METHOD) -> Planes:
+        x = to_lanes(w, 32)
+        if importance is None and not METHODS[method].plain:
+            d = settle(largest(columns(x)) / -middle)  # a power of two: exact
+            codes = truncate(x * inverse_alone(d), middle, 2 * middle - 1)
+        else:
+            x, unit = normalized(x)
+            weights = _weights(x, importance_lanes(importance, w, 32), METHODS[method].plain)
+            scale = fit_scale(columns(x), columns(weights), -middle - steps(-0.9, 0.9, 0.1), -middle, middle - 1)
+            d = settle((scale * unit).astype(jnp.float16))
+            by = settle(inverse(d.astype(jnp.float32) / unit))
+            codes = round_to_codes(x, by, -middle, middle - 1).astype(jnp.int32) + middle
+        return {"d": d.astype(jnp.float16), **code_planes(codes, bits)}
 
     return encode
 
 
-def encode_with_min(bits: int) -> Callable[[jax.Array], Planes]:
-    """Q4_1, Q5_1: from the smallest weight of the block to the largest."""
+def encode_with_min(bits: int) -> Encoder:
+    """Q4_1, Q5_1: about from the smallest weight of the block to the largest."""
     top = (1 << bits) - 1
 
-    def encode(w: jax.Array) -> Planes:
-        x = blocks_of(w, 32)
-        low = x.min(-1, keepdims=True)
-        d = divide(x.max(-1, keepdims=True) - low, top)
-        codes = truncate((x - low) * inverse(d), 0, top)
-        return {"d": pack_halves(d[..., 0], low[..., 0]), **code_planes(codes, bits)}
+    def encode(w: jax.Array, importance: jax.Array | None = None, method: str = DEFAULT_METHOD) -> Planes:
+        x = to_lanes(w, 32)
+        if importance is None and not METHODS[method].plain:
+            low = settle(-highest(-column for column in columns(x)))
+            d = divide(highest(columns(x)) - low, top)
+            plane = pack_halves(d, low)
+            codes = truncate((x - low) * inverse_alone(d), 0, top)
+        else:
+            x, unit = normalized(x)
+            weights = _weights(x, importance_lanes(importance, w, 32), METHODS[method].plain)
+            tried = top + steps(-0.9, 0.9, 0.05)
+            scale, low = fit_scale_and_low(columns(x), columns(weights), tried, top, negative_low=True)
+            plane = settle(pack_halves(scale * unit, -low * unit))
+            d, m = unpack_halves(plane)
+            by, m = settle((inverse(d / unit), m / unit))
+            codes = round_to_codes(x - m, by, 0, top).astype(jnp.int32)
+        return {"d": plane, **code_planes(codes, bits)}
 
     return encode
+
+
+def _weights(x: jax.Array, importance: jax.Array | None, plain: bool) -> jax.Array:
+    """The weight of each squared error, (32, L): ggml's, but for the mean square, which it takes of a whole row."""
+    if importance is None:
+        return jnp.ones_like(x)
+    return settle(importance if plain else importance * jnp.sqrt(mean_square(x) + x**2))
 
 
 def byte_codes(w: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Q8_0, Q8_1: d (..., G) and codes -127..127 (..., G, 32), halves rounded away from zero."""
-    x = blocks_of(w, 32)
-    d = divide(jnp.abs(x).max(-1, keepdims=True), 127)
-    codes = lax.round(x * inverse(d), lax.RoundingMethod.AWAY_FROM_ZERO).astype(jnp.int32)
-    return d[..., 0], jnp.clip(codes, -127, 127)
+    """Q8_0, Q8_1: d (L) and codes -127..127 (32, L), halves rounded away from zero."""
+    x = to_lanes(w, 32)
+    d = divide(over_block(highest, jnp.abs(x)), 127)
+    codes = lax.round(x * inverse_alone(d), lax.RoundingMethod.AWAY_FROM_ZERO).astype(jnp.int32)
+    return d, jnp.clip(codes, -127, 127)
 
 
-def encode_q8_0(w: jax.Array) -> Planes:
+def byte_words(codes: jax.Array) -> jax.Array:
+    """Signed codes (n, L) as chunks of 8 words."""
+    return pack_words(codes & 0xFF, 8, 8)
+
+
+def encode_q8_0(w: jax.Array, importance: jax.Array | None = None, method: str = DEFAULT_METHOD) -> Planes:
     d, codes = byte_codes(w)
-    return {"d": d.astype(jnp.float16), "qs": pack_bytes(codes)}
+    return {"d": d.astype(jnp.float16), "qs": byte_words(codes)}
 
 
-def encode_q8_1(w: jax.Array) -> Planes:
+def encode_q8_1(w: jax.Array, importance: jax.Array | None = None, method: str = DEFAULT_METHOD) -> Planes:
     d, codes = byte_codes(w)
-    return {"d": pack_halves(d, codes.sum(-1).astype(jnp.float32) * d), "qs": pack_bytes(codes)}
+    return {"d": pack_halves(d, total(columns(codes)).astype(jnp.float32) * d), "qs": byte_words(codes)}
 
 
-def encode_q8_k(w: jax.Array) -> Planes:
+def encode_q8_k(w: jax.Array, importance: jax.Array | None = None, method: str = DEFAULT_METHOD) -> Planes:
     """Codes -127..127 of 256 weights with a float32 scale; ggml gives the largest weight the code -127."""
-    x = blocks_of(w, 256)
-    top = largest(x)
-    scale = lax.optimization_barrier(jnp.where(top == 0, 0, -127 / jnp.where(top == 0, 1, top)))
+    x = to_lanes(w, 256)
+    top = settle(largest(columns(x)))
+    scale = settle(jnp.where(top == 0, 0, -127 / jnp.where(top == 0, 1, top)))
     codes = jnp.clip(jnp.round(x * scale), -127, 127).astype(jnp.int32)
-    sums = codes.reshape(*codes.shape[:-1], 8, 2, 16).sum(-1)
-    rows = w.shape[:-1]
-    return {
-        "d": inverse(scale)[..., 0],
-        "qs": pack_bytes(codes.reshape(*rows, -1, 32)),
-        "bsums": jnp.swapaxes((sums[..., 0] & 0xFFFF | sums[..., 1] << 16).astype(jnp.uint32), -1, -2),
-    }
+    sums = total(columns(codes.reshape(16, 16, *scale.shape), 1)).reshape(8, 2, *scale.shape)
+    sums = (sums[:, 0] & 0xFFFF | sums[:, 1] << 16).astype(jnp.uint32)
+    return {"d": inverse_alone(scale), "qs": byte_words(codes), "bsums": to_plane(sums[None])}

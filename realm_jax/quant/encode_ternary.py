@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from realm_jax.quant.methods import DEFAULT_METHOD
 from realm_jax.quant.words import pack, pack_bytes
 
 Planes = dict[str, jax.Array]
@@ -36,12 +37,12 @@ def fractions(codes: jax.Array, count: int) -> jax.Array:
     return (number * np.uint32(256) + np.uint32(242)) // np.uint32(243)  # number / 243 in 256ths, rounded up
 
 
-def encode_tq1_0(w: jax.Array, importance: jax.Array | None = None, method: str | None = None) -> Planes:
+def encode_tq1_0(w: jax.Array, importance: jax.Array | None = None, method: str = DEFAULT_METHOD) -> Planes:
     d, codes = ternary(w)
     low = jnp.concatenate([fractions(codes[..., :160], 5), fractions(codes[..., 160:240], 5)], -1)
     return {"d": d, "qs": pack_bytes(low), "qh": pack_bytes(fractions(codes[..., 240:], 4))[..., 0, :]}
 
 
-def encode_tq2_0(w: jax.Array, importance: jax.Array | None = None, method: str | None = None) -> Planes:
+def encode_tq2_0(w: jax.Array, importance: jax.Array | None = None, method: str = DEFAULT_METHOD) -> Planes:
     d, codes = ternary(w)
     return {"d": d, "qs": pack(codes.reshape(*d.shape[:-1], 2 * d.shape[-1], 4, 8, 4), 2)}

@@ -98,8 +98,9 @@ def plain_product(scale: jax.Array, codes: jax.Array) -> jax.Array:
 class Format:
     """A ggml block format: data, and what its bits mean.
 
-    fields: cover every byte of a block once. decode: planes -> Affine. encode: float32 (..., K) -> planes, or None
-    where there is no encoder yet. product: scale times code in float32.
+    fields: cover every byte of a block once. decode: planes -> Affine. encode: float32 (..., K), importance that
+    broadcasts to it or None, name of a method -> planes; None where there is no encoder yet. product: scale times code
+    in float32.
     """
 
     name: str
@@ -107,7 +108,7 @@ class Format:
     block_bytes: int
     fields: tuple[Field, ...]
     decode: Callable[[dict[str, jax.Array]], Affine]
-    encode: Callable[[jax.Array], dict[str, jax.Array]] | None = None
+    encode: Callable[[jax.Array, jax.Array | None, str], dict[str, jax.Array]] | None = None
     product: Callable[[jax.Array, jax.Array], jax.Array] = plain_product
 
     @property

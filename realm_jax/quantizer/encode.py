@@ -62,9 +62,8 @@ def _sums(w: jax.Array, quantized: jax.Array, weights: jax.Array) -> tuple[jax.A
     return tuple(jnp.sum(x, -1) for x in (error, square, error * weights, square * weights))
 
 
-def encode(w: Any, format: str, importance: Any | None, method: str | None) -> jax.Array | QuantizedTensor:
-    """`quant.quantize`, but for dense formats, where there is nothing to weigh. method: None for its default."""
-    options: dict[str, Any] = {} if method is None else {"method": method}
-    if importance is not None and format not in quant.DENSE_FORMATS:
-        options["importance"] = importance
-    return quant.quantize(w, format, **options)
+def encode(w: Any, format: str, importance: Any | None, method: str) -> jax.Array | QuantizedTensor:
+    """`quant.quantize`, but for dense formats, where there is nothing to weigh."""
+    if format in quant.DENSE_FORMATS:
+        importance = None
+    return quant.quantize(w, format, importance=importance, method=method)

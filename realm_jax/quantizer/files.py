@@ -34,7 +34,7 @@ def quantize_file(
     *,
     keep: Rules = (),
     imatrix: Imatrix | None = None,
-    method: str | None = None,
+    method: str = quant.DEFAULT_METHOD,
     pure: bool = False,
     on_tensor: Callable[[TensorReport, int], None] | None = None,
     on_warning: Callable[[str], None] | None = None,
@@ -43,7 +43,7 @@ def quantize_file(
 
     format: a mix, a format for all matrices, or "COPY". keep: rules (pattern, format) that go before it. pure: one
     format for all matrices in place of a mix. See `choose_formats`. imatrix: importance of the columns. method: of
-    `realm_jax.quant.quantize`, its default where None. on_tensor: called with the report of each tensor that is done
+    `realm_jax.quant.quantize`. on_tensor: called with the report of each tensor that is done
     and the number of all. on_warning: called before the work begins with each line of `Report.warnings`.
 
     A tensor that stays in its format comes out byte for byte, whatever that format is. Metadata is kept, but for what
@@ -76,7 +76,7 @@ def check_quantization(
     format: str,
     *,
     keep: Rules = (),
-    method: str | None = None,
+    method: str = quant.DEFAULT_METHOD,
     pure: bool = False,
 ) -> None:
     """Raises what `quantize_file` would raise before it begins to work; for callers that calibrate first."""
@@ -86,7 +86,7 @@ def check_quantization(
 
 
 def _prepare(
-    file: GGUFFile, name: str, keep: Rules, imatrix: Imatrix | None, method: str | None, pure: bool
+    file: GGUFFile, name: str, keep: Rules, imatrix: Imatrix | None, method: str, pure: bool
 ) -> tuple[Plan, Importance]:
     """What every tensor becomes, and the importance of those that have any; checked as far as that goes."""
     tensors = {n: (info.format, info.shape) for n, info in file.tensors.items()}
@@ -127,7 +127,7 @@ def _importance(file: GGUFFile, plan: Plan, imatrix: Imatrix | None) -> dict[str
     return {name: values for name, values in found.items() if values is not None}
 
 
-def _check_formats(file: GGUFFile, plan: Plan, importance: Importance, method: str | None) -> None:
+def _check_formats(file: GGUFFile, plan: Plan, importance: Importance, method: str) -> None:
     """Refuses formats that cannot be read or written, before hours of work: one block of zeros is encoded in each."""
     tried: set[tuple[str, bool]] = set()
     for name, before, after in _changed(file, plan):

@@ -9,7 +9,7 @@ from realm_jax.errors import RealmError
 from realm_jax.gguf.types import shown
 from realm_jax.model.model import Model
 from realm_jax.model.params import TensorSpec, Weight, build_params, get_weight, tensor_specs
-from realm_jax.quant import DENSE_FORMATS, QuantizedTensor
+from realm_jax.quant import DEFAULT_METHOD, DENSE_FORMATS, QuantizedTensor
 from realm_jax.quantizer.encode import encode
 from realm_jax.quantizer.imatrix import Imatrix
 from realm_jax.quantizer.metadata import quantized_fields
@@ -17,13 +17,13 @@ from realm_jax.quantizer.mixes import choose_formats, resolve_name
 
 
 def quantize_model(
-    model: Model, formats: Mapping[str, str] | str, *, imatrix: Imatrix | None = None, method: str | None = None
+    model: Model, formats: Mapping[str, str] | str, *, imatrix: Imatrix | None = None, method: str = DEFAULT_METHOD
 ) -> Model:
     """The model with weights in other formats; those that are in theirs already stay the same arrays.
 
     formats: tensor name -> format (others stay as they are), or the name of a mix or format for the whole model, as
-    `choose_formats` has it. imatrix: importance of the columns. method: of `realm_jax.quant.quantize`, its default
-    where None. Packed weights are dequantized first. Raises RealmError, naming the tensor, for what does not fit.
+    `choose_formats` has it. imatrix: importance of the columns. method: of `realm_jax.quant.quantize`. Packed
+    weights are dequantized first. Raises RealmError, naming the tensor, for what does not fit.
     """
     specs = {s.name: s for s in tensor_specs(model.config) if get_weight(model.params, s.path) is not None}
     origin = model.origin
@@ -54,7 +54,7 @@ def formats_of_model(model: Model, mix: str, *, has_imatrix: bool = False) -> di
 
 
 def _quantized(
-    source: str, name: str, weight: Weight, format: str, imatrix: Imatrix | None, method: str | None
+    source: str, name: str, weight: Weight, format: str, imatrix: Imatrix | None, method: str
 ) -> jax.Array | QuantizedTensor:
     shape = tuple(weight.shape)
     importance = imatrix.importance(name, shape) if imatrix else None

@@ -31,7 +31,7 @@ class Job:
     info: TensorInfo
     choice: Choice
     importance_MK: np.ndarray | None
-    method: str | None
+    method: str
     done: Callable[[TensorReport], None]
 
     @property
