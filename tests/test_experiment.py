@@ -192,7 +192,7 @@ def test_a_run_can_be_described_in_one_line(tmp_path):
     run = Run.create(Example(1, Inner(2)), "example", root=tmp_path, name="one")
     environment = read_json(run.folder / "environment.json")
     line = describe_run(environment)
-    assert line.startswith("`python ") and f"jax {environment['packages']['jax']}" in line and "\n" not in line
+    assert line.startswith("`") and f"jax {environment['packages']['jax']}" in line and "\n" not in line
 
 
 def test_command_runs_main_with_the_config_and_a_run_directory(file, tmp_path):

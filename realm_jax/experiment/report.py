@@ -61,5 +61,5 @@ def describe_run(environment: Mapping[str, Any]) -> str:
     packages = environment["packages"]
     versions = ", ".join(f"{name} {packages[name]}" for name in ("realm-jax", "jax", "numpy") if packages.get(name))
     device = ", ".join(sorted(set(environment["devices"])))
-    command = " ".join(["python", *environment["command"]])
+    command = " ".join(environment["command"])
     return f"`{command}` on {device} ({environment['cpus']} CPUs), Python {environment['python']}, {versions}"
