@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from realm_jax.errors import RealmError
 from realm_jax.quant.formats import DENSE_FORMATS, FORMATS, get_format
@@ -14,8 +15,8 @@ from realm_jax.quant.layout import Format
 from realm_jax.quant.methods import DEFAULT_METHOD, METHODS
 from realm_jax.quant.tensor import QuantizedTensor
 
-# So many weights are encoded at a time, with some ten arrays of that size: what stays in cache, or fills a GPU.
-CPU_STRIPE, GPU_STRIPE = 1 << 19, 1 << 25
+# So many weights are encoded at a time, in some ten arrays of that size: what stays in cache, or keeps a GPU busy.
+CPU_STRIPE, GPU_STRIPE = 1 << 19, 1 << 24
 
 
 def quantize(
@@ -42,12 +43,13 @@ def quantize(
     if importance is not None:
         importance = _checked_importance(importance, w.shape)
     if isinstance(w, jax.core.Tracer) or isinstance(importance, jax.core.Tracer):
-        w = jax.lax.stop_gradient(w)  # codes are integers: their gradient is zero
+        w = lax.stop_gradient(w)  # codes are integers: their gradient is zero
         if kind is None:
             return w.astype(DENSE_FORMATS[format])
         return QuantizedTensor(kind.encode(w, importance, method), format)
     if kind is None:
-        out, finite, fits = _cast(jnp.asarray(w), format)
+        out, largest = _cast(w, format)
+        finite, fits = np.isfinite(largest), np.isfinite(largest.astype(out.dtype))
     else:
         planes, finite, fits = _encode_in_stripes(kind, w, importance, method)
         out = QuantizedTensor(planes, format)
@@ -85,10 +87,9 @@ def _checked_importance(importance: Any, shape: tuple[int, ...]) -> jax.Array | 
 
 
 @functools.partial(jax.jit, static_argnames="format")
-def _cast(w: jax.Array, format: str) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The weights in a dense format; whether they are all finite; whether the result is."""
-    out = w.astype(DENSE_FORMATS[format])
-    return out, jnp.isfinite(w).all(), jnp.isfinite(out).all()
+def _cast(w: jax.Array, format: str) -> tuple[jax.Array, jax.Array]:
+    """The weights in a dense format, and their greatest magnitude: NaN if there is one."""
+    return w.astype(DENSE_FORMATS[format]), jnp.max(jnp.abs(w), initial=0)
 
 
 class _Part(NamedTuple):
@@ -115,25 +116,23 @@ def _encode_in_stripes(kind: Format, w: Any, importance: Any, method: str) -> tu
     and a block becomes the same bytes in a tensor of any shape.
     """
     on_cpu = jax.default_backend() == "cpu"
-    xp = np if on_cpu else jnp  # the host joins what it computed itself, without compiling for every shape
-    blocks = w.reshape(-1, kind.block_size)
-    per_row, step = w.shape[-1] // kind.block_size, (CPU_STRIPE if on_cpu else GPU_STRIPE) // kind.block_size
+    xp = np if on_cpu else jnp  # on CPU numpy cuts and joins: it need not compile for every shape
+    blocks = xp.asarray(w).reshape(-1, kind.block_size)
+    count, step = len(blocks), (CPU_STRIPE if on_cpu else GPU_STRIPE) // kind.block_size
     importance_of = _importance_of_blocks(importance, w.shape, kind.block_size)
-
-    def encode(start: int) -> _Part:
-        part = xp.asarray(blocks[start : start + step], np.float32)  # here, for one compilation whatever the dtype
-        weights = importance_of(start, start + len(part))
-        padding = ((0, step - len(part)), (0, 0))
-        if len(part) < step:
+    parts = []
+    for start in range(0, max(1, count), step):
+        size = min(step, count - start)
+        cut = blocks[start : start + size] if on_cpu else lax.dynamic_slice_in_dim(blocks, start, size)
+        part, weights = xp.asarray(cut, np.float32), importance_of(start, start + size)
+        if size < step:
+            padding = ((0, step - size), (0, 0))
             part, weights = xp.pad(part, padding), None if weights is None else xp.pad(weights, padding)
-        return _encode_stripe(part, weights, kind.name, method)
-
-    starts = range(0, max(1, len(blocks)), step)
-    parts = [encode(start) for start in starts]
+        parts.append(_encode_stripe(part, weights, kind.name, method))
     planes = {}
     for name in parts[0].planes:
-        whole = xp.concatenate([xp.asarray(part.planes[name]) for part in parts])[: len(blocks)]
-        planes[name] = _by_rows(xp, whole, w.shape[:-1], per_row)
+        whole = xp.concatenate([xp.asarray(part.planes[name]) for part in parts])[:count]
+        planes[name] = _by_rows(xp, whole, w.shape[:-1], w.shape[-1] // kind.block_size)
     finite, fits = (all(bool(flag) for flag in flags) for flags in list(zip(*parts, strict=True))[1:])
     return jax.device_put(planes), finite, fits
 
