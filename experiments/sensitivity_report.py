@@ -26,7 +26,7 @@ def results(about: str, lines: list[Line], environment: dict[str, Any]) -> str:
     return (
         f"Made by {describe_run(environment)}.\n\n"
         f"Model: {about}. KL in nats a token, with standard errors over chunks.\n\n"
-        f"## One tensor at a time\n\n{kinds_table(swaps)}\n{tensors_table(swaps)}\n"
+        f"## One tensor at a time\n\n{kinds_table(lines)}\n{tensors_table(swaps)}\n"
         f"## How well estimates tell\n\n{estimates_table(lines)}\n{slopes_table(lines)}\n"
         f"## Mixes\n\n{mixes_table(lines)}"
     )
@@ -35,9 +35,11 @@ def results(about: str, lines: list[Line], environment: dict[str, Any]) -> str:
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def kinds_table(swaps: list[Line]) -> str:
-    """KL by kind of tensor, mean over layers, and its range."""
+def kinds_table(lines: list[Line]) -> str:
+    """KL by kind of tensor, mean over layers and range; then all tensors added up, and all at once."""
+    swaps = [line for line in lines if line["kind"] == "swap"]
     formats = sorted({line["format"] for line in swaps})
+    whole = {line["name"]: line for line in lines if line["kind"] == "mix" and line["by"] == "uniform"}
     rows = []
     for kind in dict.fromkeys(kind_of(line["tensor"]) for line in swaps):
         row = [kind]
@@ -46,6 +48,9 @@ def kinds_table(swaps: list[Line]) -> str:
             span = f" ({min(kl):.2g} to {max(kl):.2g})" if len(kl) > 1 else ""
             row.append(f"{np.mean(kl):.2g}{span}")
         rows.append(row)
+    sums = [sum(line["kl"] for line in swaps if line["format"] == format) for format in formats]
+    rows.append(["all tensors, added up", *(f"{kl:.3g}" for kl in sums)])
+    rows.append(["all tensors at once", *(with_error(whole[f]["kl"], whole[f]["kl_chunk_error"]) for f in formats)])
     return markdown_table(["kind", *(f"{format}: mean over layers (range)" for format in formats)], rows)
 
 
