@@ -158,7 +158,7 @@ def measure_swaps(config: QuantSensitivityConfig, run: Run, candidates: Candidat
             scores = score_model(candidates.subject, candidates.model({name: format}), config.batch)
             line = metrics_of(scores)
             run.log(kind="swap", tensor=name, format=format, **line)
-            console.print(f"{name} {format}: {with_error(line['kl'], line['kl_error'])}", highlight=False)
+            console.print(f"{name} {format}: {with_error(line['kl'], line['kl_chunk_error'])}", highlight=False)
 
 
 def estimate(config: QuantSensitivityConfig, run: Run, candidates: Candidates) -> Fisher:

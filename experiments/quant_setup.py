@@ -47,6 +47,11 @@ class TextConfig:
     calibration_chunks: int = 64
     seed: int = 1
 
+    def __post_init__(self):
+        for name in ("chunks", "calibration_chunks"):
+            if getattr(self, name) < 2:
+                raise RealmError(f"text.{name} is {getattr(self, name)}; want at least 2, to know how far they differ")
+
 
 @dataclass(frozen=True)
 class SubjectConfig:
@@ -202,13 +207,14 @@ def score_model(subject: Subject, model: Model, batch: int | None = None) -> Sco
     return score(dense(model), subject.held_out_NT, reference=subject.reference, batch=batch)
 
 
-def metrics_of(scores: Scores) -> dict[str, float]:
+def metrics_of(scores: Scores) -> dict[str, float | None]:
     """KL, perplexity and agreement with their standard errors, by the names that metrics.jsonl has.
 
-    kl_error takes tokens as independent; kl_chunk_error takes only chunks as independent.
+    kl_error takes tokens as independent; kl_chunk_error takes only chunks as independent. None for the error of a
+    quantile that there are too few tokens to tell.
     """
     perplexity, divergence = Perplexity.of(scores.nll), Divergence.of(scores)
-    return {
+    metrics = {
         "kl": divergence.kl.mean,
         "kl_error": divergence.kl.error,
         "kl_chunk_error": Estimate.of(scores.kl.mean(axis=1)).error,
@@ -225,6 +231,7 @@ def metrics_of(scores: Scores) -> dict[str, float]:
         "top1": divergence.top1_agreement.mean,
         "top1_error": divergence.top1_agreement.error,
     }
+    return {name: None if math.isnan(value) else value for name, value in metrics.items()}  # JSON has no NaN
 
 
 def size_of(model: Model) -> dict[str, float]:

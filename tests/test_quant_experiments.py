@@ -22,6 +22,7 @@ from quant_setup import (
     is_packed,
     known_formats,
     make_subject,
+    metrics_of,
     replace_weights,
     score_model,
     with_error,
@@ -244,10 +245,11 @@ def test_texts_of_ones_own_must_be_long_enough(model_file, tmp_path):
         make_subject(SubjectConfig(model_file), TextConfig(held_out=text, context=16, chunks=1000))
 
 
-def test_metrics_are_json_lines(tmp_path):
-    """A line with an error that is not known (NaN) is read back as such."""
-    run = Run.create(SubjectConfig(), "x", root=tmp_path, name="a")
-    run.log(kl=1.0, kl_99_error=float("nan"), kl_chunks=np.arange(3.0))
-    [line] = run.metrics()
-    assert np.isnan(line["kl_99_error"]) and line["kl_chunks"] == [0.0, 1.0, 2.0]
-    assert json.dumps(line)
+def test_metrics_of_few_tokens_are_still_json(untied):
+    chunks = np.random.default_rng(2).integers(0, 48, (2, 8)).astype(np.int32)
+    twin = off_grid(untied, turn=0.3, seed=0)
+    metrics = metrics_of(score_model(Subject(untied, chunks, chunks, "random"), twin))
+    assert metrics["kl_99_error"] is None and metrics["kl_error"] > 0 and abs(metrics["kl"]) < 1e-6  # rounding
+    assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
+    with pytest.raises(RealmError, match=r"text.chunks is 1; want at least 2"):
+        TextConfig(chunks=1)
