@@ -119,7 +119,7 @@ def _encode_in_stripes(kind: Format, w: Any, importance: Any, method: str) -> tu
     xp = np if on_cpu else jnp  # on CPU numpy cuts and joins: it need not compile for every shape
     blocks = xp.asarray(w).reshape(-1, kind.block_size)
     count, step = len(blocks), (CPU_STRIPE if on_cpu else GPU_STRIPE) // kind.block_size
-    importance_of = _importance_of_blocks(importance, w.shape, kind.block_size)
+    importance_of = _importance_of_blocks(xp, importance, w.shape, kind.block_size)
     parts = []
     for start in range(0, max(1, count), step):
         size = min(step, count - start)
@@ -137,14 +137,14 @@ def _encode_in_stripes(kind: Format, w: Any, importance: Any, method: str) -> tu
     return jax.device_put(planes), finite, fits
 
 
-def _importance_of_blocks(importance: Any, shape: tuple[int, ...], size: int) -> Callable[[int, int], Any]:
+def _importance_of_blocks(xp: Any, importance: Any, shape: tuple[int, ...], size: int) -> Callable[[int, int], Any]:
     """A function (start, stop) -> importance of these blocks, counted over the whole tensor: (B, size), or None."""
     if importance is None:
         return lambda start, stop: None
+    importance = xp.asarray(importance)
     if importance.size == shape[-1]:  # the same for every row
         table = importance.reshape(-1, size)
-        return lambda start, stop: table[np.arange(start, stop) % len(table)]
-    xp = jnp if isinstance(importance, jax.Array) else np
+        return lambda start, stop: table[(xp.arange(stop - start) + start % len(table)) % len(table)]
     whole = xp.broadcast_to(importance, shape).reshape(-1, size)
     return lambda start, stop: whole[start:stop]
 

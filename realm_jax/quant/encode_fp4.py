@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from realm_jax.quant.codebooks import codebook
+from realm_jax.quant.division import divide
 from realm_jax.quant.encode_ternary import blocks_of
 from realm_jax.quant.methods import DEFAULT_METHOD
 from realm_jax.quant.small_floats import e8m0, e8m0_of, ue4m3, ue4m3_of
@@ -39,7 +40,7 @@ def encode_mxfp4(w: jax.Array, importance: jax.Array | None = None, method: str 
 def encode_nvfp4(w: jax.Array, importance: jax.Array | None = None, method: str = DEFAULT_METHOD) -> Planes:
     x = blocks_of(w, 16)
     top = jnp.abs(x).max(-1)
-    scales = ue4m3_of(top / lax.optimization_barrier(jnp.full_like(top, 6)))  # not times a rounded sixth
+    scales = ue4m3_of(divide(top, 6))
     scales = lax.optimization_barrier(scales)
     codes = codes_fp4(x, ue4m3(scales))
     return {

@@ -1,10 +1,9 @@
 """Encoders of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q8_1 and Q8_K. float32 weights to planes, in jnp.
 
 Without an importance they only round, and give the bytes of ggml's reference quantizers (`quantize_row_*_ref` in
-ggml-quants.c; `gguf.quants`). That takes care in two places. XLA's CPU backend contracts a product and a sum to one
-rounding: so products are clamped before a constant is added. XLA rewrites x * (1 / d) and 1 / (a / b): so a barrier
-stands between the two operations. With an importance, or by method "mse", the 4- and 5-bit formats search as
-`quantize_row_q4_0_impl` and its neighbours do.
+ggml-quants.c; `gguf.quants`). That takes care: XLA's CPU backend contracts a product and a sum to one rounding, so
+products are clamped before a constant is added; and quotients are those of `division`. With an importance, or by method
+"mse", the 4- and 5-bit formats search as `quantize_row_q4_0_impl` and its neighbours do.
 
 Shapes: `L` lanes (see `lanes`).
 """
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from realm_jax.quant.division import divide
 from realm_jax.quant.fit import fit_scale, fit_scale_and_low, inverse, mean_square, normalized, round_to_codes
 from realm_jax.quant.lanes import columns, highest, largest, over_block, pack_words, to_lanes, to_plane, total
 from realm_jax.quant.methods import DEFAULT_METHOD, METHODS, importance_lanes, steps
@@ -23,17 +23,9 @@ from realm_jax.quant.opaque import settle
 from realm_jax.quant.words import pack_halves, unpack_halves
 
 Planes = dict[str, jax.Array]
+ONE = np.float32(1)
+
 Encoder = Callable[[jax.Array, jax.Array | None, str], Planes]
-
-
-def inverse_alone(d: jax.Array) -> jax.Array:
-    """1 / d, rounded on its own; 0 where d is 0."""
-    return settle(inverse(d))
-
-
-def divide(x: jax.Array, divisor: float) -> jax.Array:
-    """x / divisor, not x times a rounded 1 / divisor."""
-    return settle(x / lax.optimization_barrier(jnp.full_like(x, divisor)))
 
 
 def truncate(scaled: jax.Array, middle: float, top: int) -> jax.Array:
@@ -58,8 +50,8 @@ def encode_centered(bits: int) -> Encoder:
     def encode(w: jax.Array, importance: jax.Array | None = None, method: str = DEFAULT_METHOD) -> Planes:
         x = to_lanes(w, 32)
         if importance is None and not METHODS[method].plain:
-            d = settle(largest(columns(x)) / -middle)  # a power of two: exact
-            codes = truncate(x * inverse_alone(d), middle, 2 * middle - 1)
+            d = settle(largest(columns(x)) * np.float32(-1 / middle))
+            codes = truncate(x * divide(ONE, d), middle, 2 * middle - 1)
         else:
             x, unit = normalized(x)
             weights = _weights(x, importance_lanes(importance, w, 32), METHODS[method].plain)
@@ -82,7 +74,7 @@ def encode_with_min(bits: int) -> Encoder:
             low = settle(-highest(-column for column in columns(x)))
             d = divide(highest(columns(x)) - low, top)
             plane = pack_halves(d, low)
-            codes = truncate((x - low) * inverse_alone(d), 0, top)
+            codes = truncate((x - low) * divide(ONE, d), 0, top)
         else:
             x, unit = normalized(x)
             weights = _weights(x, importance_lanes(importance, w, 32), METHODS[method].plain)
@@ -108,7 +100,7 @@ def byte_codes(w: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Q8_0, Q8_1: d (L) and codes -127..127 (32, L), halves rounded away from zero."""
     x = to_lanes(w, 32)
     d = divide(over_block(highest, jnp.abs(x)), 127)
-    codes = lax.round(x * inverse_alone(d), lax.RoundingMethod.AWAY_FROM_ZERO).astype(jnp.int32)
+    codes = lax.round(x * divide(ONE, d), lax.RoundingMethod.AWAY_FROM_ZERO).astype(jnp.int32)
     return d, jnp.clip(codes, -127, 127)
 
 
@@ -131,8 +123,8 @@ def encode_q8_k(w: jax.Array, importance: jax.Array | None = None, method: str =
     """Codes -127..127 of 256 weights with a float32 scale; ggml gives the largest weight the code -127."""
     x = to_lanes(w, 256)
     top = settle(largest(columns(x)))
-    scale = settle(jnp.where(top == 0, 0, -127 / jnp.where(top == 0, 1, top)))
+    scale = divide(jnp.float32(-127), top)
     codes = jnp.clip(jnp.round(x * scale), -127, 127).astype(jnp.int32)
     sums = total(columns(codes.reshape(16, 16, *scale.shape), 1)).reshape(8, 2, *scale.shape)
     sums = (sums[:, 0] & 0xFFFF | sums[:, 1] << 16).astype(jnp.uint32)
-    return {"d": inverse_alone(scale), "qs": byte_words(codes), "bsums": to_plane(sums[None])}
+    return {"d": divide(ONE, scale), "qs": byte_words(codes), "bsums": to_plane(sums[None])}

@@ -7,8 +7,8 @@ from zero. Importance and method change nothing.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
+from realm_jax.quant.division import divide
 from realm_jax.quant.methods import DEFAULT_METHOD
 from realm_jax.quant.words import pack, pack_bytes
 
@@ -24,8 +24,8 @@ def ternary(w: jax.Array) -> tuple[jax.Array, jax.Array]:
     """d, float16 (..., G), and codes 0, 1, 2: uint32 (..., G, 256)."""
     x = blocks_of(w, 256)
     d = jnp.abs(x).max(-1)
-    inverse = lax.optimization_barrier(1 / jnp.where(d == 0, jnp.inf, d))
-    scaled = x * inverse[..., None]  # rounded twice, as in ggml: without the barrier XLA would divide
+    inverse = divide(jnp.float32(1), d)
+    scaled = x * inverse[..., None]
     codes = jnp.where(scaled >= 0.5, np.uint32(2), jnp.where(scaled <= -0.5, np.uint32(0), np.uint32(1)))
     return d.astype(jnp.float16), codes
 
