@@ -24,7 +24,7 @@ def pairs() -> tuple[np.ndarray, np.ndarray]:
     return a.astype(np.float32), b.astype(np.float32)
 
 
-@pytest.mark.parametrize("units", [0, 1, -1, 4, -4])
+@pytest.mark.parametrize("units", [0, 1, -1, 2, -2])
 def test_a_division_that_is_off_is_set_right(units):
     def off(x: jax.Array, y: jax.Array) -> jax.Array:
         bits = jax.lax.bitcast_convert_type(x / y, jnp.int32) + units

@@ -46,7 +46,7 @@ def quantize(
         w = lax.stop_gradient(w)  # codes are integers: their gradient is zero
         if kind is None:
             return w.astype(DENSE_FORMATS[format])
-        return QuantizedTensor(kind.encode(w, importance, method), format)
+        return QuantizedTensor(_encode(kind, w, importance, method), format)
     if kind is None:
         out, largest = _cast(w, format)
         finite, fits = np.isfinite(largest), np.isfinite(largest.astype(out.dtype))
@@ -92,6 +92,11 @@ def _cast(w: jax.Array, format: str) -> tuple[jax.Array, jax.Array]:
     return w.astype(DENSE_FORMATS[format]), jnp.max(jnp.abs(w), initial=0)
 
 
+def _encode(kind: Format, w: jax.Array, importance: jax.Array | None, method: str) -> dict[str, jax.Array]:
+    """Planes of rows (..., K), behind a barrier: XLA may read a float16 scale before it is rounded."""
+    return lax.optimization_barrier(kind.encode(w, importance, method))
+
+
 class _Part(NamedTuple):
     """What encoding a stripe gives: planes (B, ...) of rows of one block, and two flags about its values."""
 
@@ -103,7 +108,7 @@ class _Part(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("format", "method"))
 def _encode_stripe(blocks: jax.Array, importance: jax.Array | None, format: str, method: str) -> _Part:
     kind = get_format(format)
-    planes = kind.encode(blocks, importance, method)
+    planes = _encode(kind, blocks, importance, method)
     scales = kind.block_scales(planes).values()
     fits = functools.reduce(jnp.logical_and, (jnp.isfinite(scale).all() for scale in scales))
     return _Part(planes, jnp.isfinite(blocks).all(), fits)

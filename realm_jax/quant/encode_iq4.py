@@ -13,6 +13,7 @@ from jax import lax
 
 from realm_jax.quant.codebooks import codebook
 from realm_jax.quant.methods import DEFAULT_METHOD, METHODS, NEGLECTED
+from realm_jax.quant.opaque import settle
 from realm_jax.quant.words import pack, pack_bytes
 
 Planes = dict[str, jax.Array]
@@ -97,13 +98,13 @@ def pack_codes(x: jax.Array, scales: jax.Array) -> jax.Array:
 
 def encode_iq4_nl(w: jax.Array, importance: jax.Array | None = None, method: str = DEFAULT_METHOD) -> Planes:
     x, scales = encode(w, importance, method, 32)
-    d = scales.astype(jnp.float16)
+    d = settle(scales.astype(jnp.float16))
     return {"d": d[..., 0], "qs": pack_codes(x, d.astype(jnp.float32))}
 
 
 def encode_iq4_xs(w: jax.Array, importance: jax.Array | None = None, method: str = DEFAULT_METHOD) -> Planes:
     x, scales = encode(w, importance, method, 256)
-    d = (extreme(scales) / -32).astype(jnp.float16)
+    d = settle((extreme(scales) / -32).astype(jnp.float16))
     read = d.astype(jnp.float32)[..., None]
     integers = jnp.clip(jnp.round(scales * inverse_or_zero(read)), -32, 31)
     return {

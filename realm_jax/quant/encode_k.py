@@ -104,7 +104,7 @@ def _weights(x: jax.Array, importance: jax.Array | None, kind: Kind, plain: bool
 
 def _as_read(d: jax.Array, unit: jax.Array) -> jax.Array:
     """What d becomes when d * unit is stored as float16 and read again."""
-    return settle((d * unit).astype(jnp.float16).astype(jnp.float32) / unit)
+    return settle(settle((d * unit).astype(jnp.float16)).astype(jnp.float32) / unit)
 
 
 def _integers(scale: jax.Array, weights: jax.Array, unit: jax.Array, kind: Kind) -> tuple[jax.Array, jax.Array]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_model import TOKENS, nmse
+from test_quant_encode import ERRORS, SCRIPT, error_of, reference_bytes, samples
 from test_quant_formats import assert_same_bits, expected, random_blocks, random_weights
 
 import realm_jax as realm
@@ -38,6 +39,20 @@ def test_matmul_is_float32(name, rows):
     x = rng.standard_normal((rows, 512)).astype(np.float32)
     exact = x.astype(np.float64) @ np.asarray(w.dequantize(), np.float64).T
     assert nmse(matmul(jnp.array(x), w), exact) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q8_1", "Q8_K"])
+@pytest.mark.parametrize("kind", ["normal", "integers", "scaled columns", "small"])
+def test_encoders_that_round_give_the_bytes_that_they_give_on_the_cpu(name, kind):
+    w = samples()[kind].astype(np.float32)
+    np.testing.assert_array_equal(realm.quantize(w, name).to_bytes(), reference_bytes(w, name))
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ4_XS"])
+def test_encoders_that_search_leave_at_most_ggmls_error(name):
+    for kind, w in SCRIPT["draws"]().items():
+        error = error_of(w, name, importance=SCRIPT["importance"]())["weighted"]
+        assert error < 1.02 * ERRORS[name][kind]["with"]["weighted"], kind
 
 
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.gguf")), ids=lambda p: p.stem)
