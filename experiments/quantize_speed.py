@@ -2,11 +2,12 @@
 
     python experiments/quantize_speed.py [CONFIG] [--set KEY=VALUE ...]
 
-Ours: `realm_jax.quantize` from float32 weights to ggml's bytes in host memory, on JAX's default device; on a GPU also
-to planes that stay there, from weights that are there. llama.cpp's: `ggml_quantize_chunk` of the library that
-llama-cpp-python brings, rows shared out to as many threads as there are CPUs; left out where that is not installed
-(pip install llama-cpp-python). A second run of each is timed until `seconds` are over; the best counts, as the speed
-that the machine can give. The first call, which compiles, is shown apart. results.md has the table.
+Ours: `realm_jax.quantize` from float32 weights to ggml's bytes in host memory, on JAX's default device; the weights are
+a JAX array on a CPU, and come from the host on a GPU, where from weights on the device to planes on it is timed too.
+llama.cpp's: `ggml_quantize_chunk` of the library that llama-cpp-python brings, rows shared out to as many threads as
+there are CPUs; left out where that is not installed (pip install llama-cpp-python). A second run of each is timed until
+`seconds` are over; the best counts, as the speed that the machine can give. The first call, which compiles, is shown
+apart. results.md has the table.
 """
 
 from __future__ import annotations
@@ -92,11 +93,13 @@ def measure(
         made = quantize(weights, name, importance=None if name in DENSE_FORMATS else importance, method=config.method)
         return jax.block_until_ready(made)
 
+    on_cpu = jax.default_backend() == "cpu"
+    source = jnp.asarray(w) if on_cpu else w
     start = time.perf_counter()
-    encode(w)
+    encode(source)
     line = {"format": name, "importance": importance is not None, "first_seconds": time.perf_counter() - start}
-    line["bytes_per_second"] = w.size / best_time(lambda: raw_bytes(encode(w)), config.seconds)
-    if jax.default_backend() != "cpu":
+    line["bytes_per_second"] = w.size / best_time(lambda: raw_bytes(encode(source)), config.seconds)
+    if not on_cpu:
         on_device = jnp.asarray(w)
         line["on_device_per_second"] = w.size / best_time(lambda: encode(on_device), config.seconds)
     if peer and peer.knows(name):

@@ -16,7 +16,7 @@ from realm_jax.quant.methods import DEFAULT_METHOD, METHODS
 from realm_jax.quant.tensor import QuantizedTensor
 
 # So many weights are encoded at a time, in some ten arrays of that size: what stays in cache, or keeps a GPU busy.
-CPU_STRIPE, GPU_STRIPE = 1 << 19, 1 << 24
+CPU_STRIPE, GPU_STRIPE = 1 << 20, 1 << 24
 
 
 def quantize(
@@ -111,7 +111,7 @@ def _encode_stripe(blocks: jax.Array, importance: jax.Array | None, format: str,
     planes = _encode(kind, blocks, importance, method)
     scales = kind.block_scales(planes).values()
     fits = functools.reduce(jnp.logical_and, (jnp.isfinite(scale).all() for scale in scales))
-    return _Part(planes, jnp.isfinite(blocks).all(), fits)
+    return _Part(planes, jnp.isfinite(jnp.abs(blocks).max()), fits)  # NaN counts as the greatest
 
 
 def _encode_in_stripes(kind: Format, w: Any, importance: Any, method: str) -> tuple[dict[str, jax.Array], bool, bool]:
