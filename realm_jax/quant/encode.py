@@ -48,8 +48,8 @@ def quantize(
             return w.astype(DENSE_FORMATS[format])
         return QuantizedTensor(_encode(kind, w, importance, method), format)
     if kind is None:
-        out, largest = _cast(w, format)
-        finite, fits = np.isfinite(largest), np.isfinite(largest.astype(out.dtype))
+        out, fits = _cast(w, format)
+        finite = bool(fits) or bool(jnp.isfinite(jnp.asarray(w)).all())
     else:
         planes, finite, fits = _encode_in_stripes(kind, w, importance, method)
         out = QuantizedTensor(planes, format)
@@ -88,8 +88,9 @@ def _checked_importance(importance: Any, shape: tuple[int, ...]) -> jax.Array | 
 
 @functools.partial(jax.jit, static_argnames="format")
 def _cast(w: jax.Array, format: str) -> tuple[jax.Array, jax.Array]:
-    """The weights in a dense format, and their greatest magnitude: NaN if there is one."""
-    return w.astype(DENSE_FORMATS[format]), jnp.max(jnp.abs(w), initial=0)
+    """The weights in a dense format, and whether all are finite there."""
+    out = w.astype(DENSE_FORMATS[format])
+    return out, jnp.isfinite(out).all()
 
 
 def _encode(kind: Format, w: jax.Array, importance: jax.Array | None, method: str) -> dict[str, jax.Array]:
@@ -111,7 +112,7 @@ def _encode_stripe(blocks: jax.Array, importance: jax.Array | None, format: str,
     planes = _encode(kind, blocks, importance, method)
     scales = kind.block_scales(planes).values()
     fits = functools.reduce(jnp.logical_and, (jnp.isfinite(scale).all() for scale in scales))
-    return _Part(planes, jnp.isfinite(jnp.abs(blocks).max()), fits)  # NaN counts as the greatest
+    return _Part(planes, jnp.isfinite(blocks).all(), fits)
 
 
 def _encode_in_stripes(kind: Format, w: Any, importance: Any, method: str) -> tuple[dict[str, jax.Array], bool, bool]:
