@@ -51,12 +51,12 @@ def encode_centered(bits: int) -> Encoder:
     middle = 1 << (bits - 1)
 
     def encode(w: jax.Array, importance: jax.Array | None = None, method: str = DEFAULT_METHOD) -> Planes:
-        x, blocks = to_lanes(w, 32), _blocks(w)
+        blocks = _blocks(w)
         if importance is None and not METHODS[method].plain:
-            d = settle(largest(columns(x)) * np.float32(-1 / middle))
+            d = settle(_largest(blocks) * np.float32(-1 / middle))
             codes = truncate(blocks * divide(ONE, d)[..., None], middle, 2 * middle - 1)
         else:
-            x, unit = normalized(x)
+            x, unit = normalized(to_lanes(w, 32))
             weights = _weights(x, importance_lanes(importance, w, 32), METHODS[method].plain)
             scale = fit_scale(columns(x), columns(weights), -middle - steps(-0.9, 0.9, 0.1), -middle, middle - 1)
             d = settle((scale * unit).astype(jnp.float16)).astype(jnp.float32)
@@ -93,6 +93,16 @@ def encode_with_min(bits: int) -> Encoder:
 def _blocks(w: jax.Array) -> jax.Array:
     """Rows (..., K) as blocks (..., G, 32) where they stand: quicker than lanes for what needs no sums."""
     return w.astype(jnp.float32).reshape(*w.shape[:-1], w.shape[-1] // 32, 32)
+
+
+def _largest(blocks: jax.Array) -> jax.Array:
+    """Of blocks (..., G, 32): the number of greatest magnitude, the first at a tie, which only then is looked for."""
+    low, high = settle((blocks.min(-1), blocks.max(-1)))
+    return lax.cond(
+        ((high == -low) & (high > 0)).any(),
+        lambda: largest(columns(blocks, -1)),
+        lambda: jnp.where(high > -low, high, low),
+    )
 
 
 def _weights(x: jax.Array, importance: jax.Array | None, plain: bool) -> jax.Array:
