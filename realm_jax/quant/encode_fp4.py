@@ -11,7 +11,7 @@ from jax import lax
 
 from realm_jax.quant.codebooks import codebook
 from realm_jax.quant.division import divide
-from realm_jax.quant.encode_ternary import blocks_of
+from realm_jax.quant.lanes import blocks_of
 from realm_jax.quant.methods import DEFAULT_METHOD
 from realm_jax.quant.small_floats import e8m0, e8m0_of, ue4m3, ue4m3_of
 from realm_jax.quant.words import pack, pack_bytes

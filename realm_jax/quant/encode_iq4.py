@@ -69,10 +69,10 @@ def error_weights(x: jax.Array, importance: jax.Array | None, method: str) -> ja
     """How often the squared error of each weight (..., G, S, 32) counts, up to a factor for each block: about 1."""
     relative = x * inverse_or_zero(jnp.abs(x).max((-1, -2)))[..., None, None]  # its squares neither vanish nor overflow
     squares = relative * relative
+    if importance is None and METHODS[method].plain:
+        return jnp.ones_like(x)
     if importance is None:
-        return (
-            jnp.ones_like(x) if METHODS[method].plain else jnp.sqrt(squares.mean(-1, keepdims=True)) + jnp.abs(relative)
-        )
+        return jnp.sqrt(squares.mean(-1, keepdims=True)) + jnp.abs(relative)
     q = importance * inverse_or_zero(importance.max((-1, -2)))[..., None, None] + NEGLECTED
     return q if METHODS[method].plain else q * jnp.sqrt(2 * squares.mean((-1, -2), keepdims=True) + squares)
 

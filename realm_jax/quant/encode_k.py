@@ -10,7 +10,6 @@ bytes need not be the same. Which error is made small: see `methods`. Source: `q
 Shapes: `S` sub-blocks of `n` weights in a super-block, `L` lanes (see `lanes`).
 """
 
-from collections.abc import Callable
 from itertools import product
 from typing import NamedTuple
 
@@ -44,8 +43,9 @@ class Kind(NamedTuple):
 
     size: weights of a sub-block. codes, scales: lowest and highest code, and integer scale. mins: whether there are
     integer mins too, of the same range as the scales. tried: candidate scales of a sub-block, as codes beyond the last,
-    without and with importance. weigh: weights x (S, n, L) -> weight of each squared error, without importance.
-    spread: with importance i the weight is i sqrt(spread mean(x^2) + x^2), the mean over the super-block; 0: just i.
+    without and with importance. spread: with importance i the weight of a squared error is
+    i sqrt(spread mean(x^2) + x^2), the mean over the super-block; 0: just i. Without importance it is rms(x) + |x|, the
+    root mean square over the sub-block, in all formats.
     """
 
     size: int
@@ -53,7 +53,6 @@ class Kind(NamedTuple):
     scales: tuple[int, int]
     mins: bool
     tried: tuple[np.ndarray, np.ndarray]
-    weigh: Callable[[jax.Array], jax.Array]
     spread: float
 
 
@@ -95,7 +94,7 @@ def fit_blocks(w: jax.Array, importance: jax.Array | None, method: str, kind: Ki
 def _weights(x: jax.Array, importance: jax.Array | None, kind: Kind, plain: bool) -> jax.Array:
     """The weight of each squared error, (S, n, L)."""
     if importance is None:
-        return settle(jnp.ones_like(x) if plain else kind.weigh(x))
+        return settle(jnp.ones_like(x) if plain else rms_and_magnitude(x))
     importance = importance.reshape(x.shape)
     if not plain and kind.spread:
         importance *= jnp.sqrt(kind.spread * mean_square(x.reshape(256, *x.shape[2:])) + x**2)
@@ -167,13 +166,13 @@ def rms_and_magnitude(x: jax.Array) -> jax.Array:
     return jnp.sqrt(mean_square(jnp.moveaxis(x, 1, 0)))[:, None] + jnp.abs(x)
 
 
-WITH_IMPORTANCE = steps(-0.9, 0.9, 0.05)
+WITH_IMPORTANCE, SIGNED = steps(-0.9, 0.9, 0.05), steps(-0.9, 0.9, 0.1)
 NIBBLE, SIX_BITS = (0, 15), (0, 63)
-Q2_K = Kind(16, (0, 3), NIBBLE, True, (steps(-0.9, 1, 0.1), WITH_IMPORTANCE), rms_and_magnitude, 1)
-Q3_K = Kind(16, (-4, 3), (-32, 31), False, (steps(-0.9, 0.9, 0.1), steps(-0.9, 0.9, 0.1)), rms_and_magnitude, 2)
-Q4_K = Kind(32, (0, 15), SIX_BITS, True, (steps(-1, 1, 0.1), WITH_IMPORTANCE), rms_and_magnitude, 2)
-Q5_K = Kind(32, (0, 31), SIX_BITS, True, (steps(-0.5, 1, 0.1), WITH_IMPORTANCE), rms_and_magnitude, 2)
-Q6_K = Kind(16, (-32, 31), (-128, 127), False, (steps(-0.9, 0.9, 0.1), steps(-0.9, 0.9, 0.1)), rms_and_magnitude, 0)
+Q2_K = Kind(16, (0, 3), NIBBLE, True, (steps(-0.9, 1, 0.1), WITH_IMPORTANCE), 1)
+Q3_K = Kind(16, (-4, 3), (-32, 31), False, (SIGNED, SIGNED), 2)
+Q4_K = Kind(32, (0, 15), SIX_BITS, True, (steps(-1, 1, 0.1), WITH_IMPORTANCE), 2)
+Q5_K = Kind(32, (0, 31), SIX_BITS, True, (steps(-0.5, 1, 0.1), WITH_IMPORTANCE), 2)
+Q6_K = Kind(16, (-32, 31), (-128, 127), False, (SIGNED, SIGNED), 0)
 
 
 def encode_q2_k(w: jax.Array, importance: jax.Array | None = None, method: str = DEFAULT_METHOD) -> Planes:

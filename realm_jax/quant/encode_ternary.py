@@ -9,15 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from realm_jax.quant.division import divide
+from realm_jax.quant.lanes import blocks_of
 from realm_jax.quant.methods import DEFAULT_METHOD
 from realm_jax.quant.words import pack, pack_bytes
 
 Planes = dict[str, jax.Array]
-
-
-def blocks_of(w: jax.Array, size: int) -> jax.Array:
-    """Rows (..., K) as blocks (..., G, size), float32."""
-    return w.astype(jnp.float32).reshape(*w.shape[:-1], w.shape[-1] // size, size)
 
 
 def ternary(w: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -24,6 +24,11 @@ Columns = Sequence[jax.Array]
 EXPONENT = np.uint32(0x7F800000)
 
 
+def blocks_of(w: jax.Array, size: int) -> jax.Array:
+    """Rows (..., K) as blocks where they stand, float32 (..., G, size): quicker than lanes for what needs no sums."""
+    return w.astype(jnp.float32).reshape(*w.shape[:-1], w.shape[-1] // size, size)
+
+
 def to_lanes(w: jax.Array, size: int) -> jax.Array:
     """Rows (..., K) in blocks of `size`: float32 (size, L)."""
     blocks = w.astype(jnp.float32).reshape(-1, size)  # XLA's CPU backend is quick with a plain transpose, and no other
