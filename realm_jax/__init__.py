@@ -13,17 +13,22 @@ from realm_jax.errors import RequestError as RequestError
 
 if TYPE_CHECKING:
     from realm_jax.decode.generate import Completion, generate, stream
-    from realm_jax.model import Model, forward, load, save
+    from realm_jax.logits import forward
+    from realm_jax.lora import Adapter, load_adapter
+    from realm_jax.model import Model, load, save
     from realm_jax.quant import QuantizedTensor, dequantize, quantize
 
 _HOMES = {
     "realm_jax.decode.generate": ("Completion", "generate", "stream"),
-    "realm_jax.model": ("Model", "forward", "load", "save"),
+    "realm_jax.logits": ("forward",),
+    "realm_jax.lora": ("Adapter", "load_adapter"),
+    "realm_jax.model": ("Model", "load", "save"),
     "realm_jax.quant": ("QuantizedTensor", "dequantize", "quantize"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Adapter",
     "AdapterError",
     "Completion",
     "GGUFError",
@@ -35,6 +40,7 @@ __all__ = [
     "forward",
     "generate",
     "load",
+    "load_adapter",
     "quantize",
     "save",
     "stream",

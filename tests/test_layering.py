@@ -18,15 +18,16 @@ FLOORS = {
     "gguf": 0,
     "quant": 1,
     "kernels": 2,
-    "lora": 3,
-    "model": 4,
+    "model": 3,
+    "lora": 4,
     "decode": 5,
     "evaluate": 5,
+    "logits": 5,
     "engine": 6,
-    "finetune": 6,
+    "experiment": 6,
     "quantizer": 6,
-    "experiment": 7,
-    "cli": 7,
+    "finetune": 7,
+    "cli": 8,
 }
 HANDS_OFF_JAX = ("gguf", "errors")
 JAX_PACKAGES = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}

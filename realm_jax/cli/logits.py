@@ -35,7 +35,8 @@ def command(
     """Write the logits after each of T tokens: float32, shape (T, vocabulary)."""
     if (tokens is None) == (prompt is None):
         raise click.UsageError("give either --tokens or --prompt")
-    from realm_jax.model import forward, load
+    from realm_jax.logits import forward
+    from realm_jax.model import load
 
     with output.waiting("loading the model"):
         loaded = load(model, pre=pre)

@@ -7,13 +7,20 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def attention(
-    q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, position_BT: jax.Array, *, scale: float
+    q_BTHC: jax.Array,
+    k_BSKC: jax.Array,
+    v_BSKC: jax.Array,
+    place_BT: jax.Array,
+    first_BT: jax.Array | None = None,
+    *,
+    scale: float,
 ) -> jax.Array:
-    """Causal grouped-query attention: the query at position p sees the keys at positions 0..p of its row.
+    """Causal grouped-query attention: the query at place p sees the keys at places 0..p of its row.
 
     q_BTHC: queries; head h reads kv head h // (H / K). k_BSKC, v_BSKC: key j of a row is its token at
-    position j; what lies after a row's last token may be anything finite. position_BT: int32, the
-    position of each query. scale: multiplies the scores. Returns (B, T, H, C) in q's dtype; scores
+    place j; what lies after a row's last token may be anything finite. place_BT: int32, the place of
+    each query. first_BT: int32, the first place that each query sees, or None: 0. scale: multiplies
+    the scores. Returns (B, T, H, C) in q's dtype; scores
     and softmax are float32. Source: Vaswani et al. 2017; Ainslie et al. 2023 (grouped queries).
     """
     B, T, H, C = q_BTHC.shape
@@ -22,7 +29,10 @@ def attention(
     scores_BKGTS = jnp.einsum(
         "BTKGC,BSKC->BKGTS", q_BTKGC, k_BSKC.astype(q_BTHC.dtype), precision=HIGHEST, preferred_element_type=jnp.float32
     )
-    visible_BTS = jnp.arange(S, dtype=jnp.int32)[None, None, :] <= position_BT[:, :, None]
+    place_S = jnp.arange(S, dtype=jnp.int32)
+    visible_BTS = place_S <= place_BT[:, :, None]
+    if first_BT is not None:
+        visible_BTS &= place_S >= first_BT[:, :, None]
     scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS * scale, -jnp.inf)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(q_BTHC.dtype)
     out_BTKGC = jnp.einsum(

@@ -6,7 +6,6 @@ from realm_jax.model.files import export as export
 from realm_jax.model.files import load as load
 from realm_jax.model.files import save as save
 from realm_jax.model.model import Model as Model
-from realm_jax.model.model import forward as forward
 from realm_jax.model.params import Params as Params
 from realm_jax.model.params import init_params as init_params
 from realm_jax.model.transformer import run as run

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from realm_jax.kernels.attention import attention
+from realm_jax.kernels.delta import Deltas, add_deltas, add_embedding_deltas
 from realm_jax.kernels.matmul import matmul
 from realm_jax.model.config import Config
 from realm_jax.model.params import Attention, FeedForward, Weight
@@ -20,24 +21,33 @@ Rotation = tuple[jax.Array, jax.Array]  # cosine and sine, (B, T, C / 2)
 Observe = Callable[[str, jax.Array], None]  # told, while tracing, a weight's field and its input (B, T, K)
 
 
-def embed(w_VD: Weight, tokens_BT: jax.Array) -> jax.Array:
+def embed(w_VD: Weight, tokens_BT: jax.Array, deltas: Deltas = None) -> jax.Array:
     """Rows of the embedding, float32 (B, T, D); only the rows asked for are dequantized."""
-    if isinstance(w_VD, QuantizedTensor):
-        return w_VD.take(tokens_BT)
-    return w_VD[tokens_BT].astype(jnp.float32)
+    x_BTD = w_VD.take(tokens_BT) if isinstance(w_VD, QuantizedTensor) else w_VD[tokens_BT].astype(jnp.float32)
+    return add_embedding_deltas(x_BTD, tokens_BT, deltas)
 
 
-def linear(x: jax.Array, w: Weight, bias: jax.Array | None = None) -> jax.Array:
-    """x @ w.T + bias: x (..., K), w (N, K) in any format, bias (N,) or None."""
-    y = matmul(x, w)
+def linear(x: jax.Array, w: Weight, bias: jax.Array | None = None, deltas: Deltas = None) -> jax.Array:
+    """x @ w.T with what its deltas add, + bias: x (..., K), w (N, K) in any format, bias (N,) or None."""
+    y = add_deltas(matmul(x, w), x, deltas)
     return y if bias is None else y + bias.astype(y.dtype)
 
 
-def project(x: jax.Array, weights: Attention | FeedForward, name: str, observe: Observe | None = None) -> jax.Array:
-    """The linear weight `name` of a block with its bias, applied to x (..., K); `observe` is told of x first."""
+def project(
+    x: jax.Array,
+    weights: Attention | FeedForward,
+    name: str,
+    deltas: Attention | FeedForward | None = None,
+    observe: Observe | None = None,
+) -> jax.Array:
+    """The linear weight `name` of a block, its deltas and its bias, applied to x (..., K).
+
+    deltas: the same block of an adapter's tree. observe: is told of x first.
+    """
     if observe is not None:
         observe(name, x)
-    return linear(x, getattr(weights, name), getattr(weights, f"{name}_bias"))
+    own = None if deltas is None else getattr(deltas, name)
+    return linear(x, getattr(weights, name), getattr(weights, f"{name}_bias"), own)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -48,15 +58,20 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 def project_qkv(
-    w: Attention, config: Config, x_BTD: jax.Array, rotation: Rotation, observe: Observe | None = None
+    w: Attention,
+    config: Config,
+    x_BTD: jax.Array,
+    rotation: Rotation,
+    deltas: Attention | None = None,
+    observe: Observe | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normed input -> rotated queries (B, T, H, C), rotated keys and values (B, T, K, C)."""
     B, T, _ = x_BTD.shape
     C, halves = config.head_width, config.rope.halves
     x_BTD = rms_norm(x_BTD, w.norm, config.norm_eps)
-    q_BTHC = project(x_BTD, w, "q", observe).reshape(B, T, config.heads, C)
-    k_BTKC = project(x_BTD, w, "k", observe).reshape(B, T, config.kv_heads, C)
-    v_BTKC = project(x_BTD, w, "v", observe).reshape(B, T, config.kv_heads, C)
+    q_BTHC = project(x_BTD, w, "q", deltas, observe).reshape(B, T, config.heads, C)
+    k_BTKC = project(x_BTD, w, "k", deltas, observe).reshape(B, T, config.kv_heads, C)
+    v_BTKC = project(x_BTD, w, "v", deltas, observe).reshape(B, T, config.kv_heads, C)
     return rotate(q_BTHC, *rotation, halves), rotate(k_BTKC, *rotation, halves), v_BTKC
 
 
@@ -66,16 +81,24 @@ def attend(
     q_BTHC: jax.Array,
     k_BSKC: jax.Array,
     v_BSKC: jax.Array,
-    position_BT: jax.Array,
+    place_BT: jax.Array,
+    first_BT: jax.Array | None = None,
+    deltas: Attention | None = None,
     observe: Observe | None = None,
 ) -> jax.Array:
     """Attention and its output projection, (B, T, D)."""
-    out_BTHC = attention(q_BTHC, k_BSKC, v_BSKC, position_BT, scale=config.head_width**-0.5)
-    return project(out_BTHC.reshape(*out_BTHC.shape[:2], -1), w, "o", observe)
+    out_BTHC = attention(q_BTHC, k_BSKC, v_BSKC, place_BT, first_BT, scale=config.head_width**-0.5)
+    return project(out_BTHC.reshape(*out_BTHC.shape[:2], -1), w, "o", deltas, observe)
 
 
-def feed_forward(w: FeedForward, config: Config, x_BTD: jax.Array, observe: Observe | None = None) -> jax.Array:
+def feed_forward(
+    w: FeedForward,
+    config: Config,
+    x_BTD: jax.Array,
+    deltas: FeedForward | None = None,
+    observe: Observe | None = None,
+) -> jax.Array:
     """Gated feed-forward network with SiLU (Shazeer 2020), (B, T, D)."""
     x_BTD = rms_norm(x_BTD, w.norm, config.norm_eps)
-    gate_BTF = jax.nn.silu(project(x_BTD, w, "gate", observe))
-    return project(gate_BTF * project(x_BTD, w, "up", observe), w, "down", observe)
+    gate_BTF = jax.nn.silu(project(x_BTD, w, "gate", deltas, observe))
+    return project(gate_BTF * project(x_BTD, w, "up", deltas, observe), w, "down", deltas, observe)

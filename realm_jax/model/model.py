@@ -1,19 +1,15 @@
 """A model as users hold it: weights, sizes, tokenizer, and where it came from."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 
 import flax.struct
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from realm_jax.gguf.tokenizer import Tokenizer
 from realm_jax.gguf.types import Field
 from realm_jax.model.config import Config
 from realm_jax.model.params import Params
-from realm_jax.model.transformer import run, unembed
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,17 +45,3 @@ class Model:
             f"Model({self.origin.source}: {c.architecture}, {c.layers} layers, width {c.width}, {c.heads} heads, "
             f"vocabulary {c.vocab_size}, context {c.context_length})"
         )
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _logits(params: Params, config: Config, tokens_BT: jax.Array) -> jax.Array:
-    hidden_BTD, _ = run(params, config, tokens_BT)
-    return unembed(params, config, hidden_BTD)
-
-
-def forward(model: Model, tokens_BT: jax.Array) -> jax.Array:
-    """Logits after every token: (B, T) integer ids -> (B, T, V) float32. Each row starts at position 0.
-
-    Ids must lie in [0, V); JAX clamps others silently inside `jit`, so check them where they come in.
-    """
-    return _logits(model.params, model.config, jnp.asarray(tokens_BT, jnp.int32))

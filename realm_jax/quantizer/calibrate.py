@@ -83,5 +83,5 @@ def _sum_squares(
 
     hidden_BTD, _ = run(params, config, tokens_BT, observe=observe)
     if output:
-        unembed(params, config, hidden_BTD, observe)  # its logits are not used, hence not computed
+        unembed(params, config, hidden_BTD, observe=observe)  # its logits are not used, hence not computed
     return sums

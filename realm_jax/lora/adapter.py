@@ -1,0 +1,291 @@
+"""An adapter: a tree of deltas with the same paths as the weights that they change, and how it comes to fit a model.
+
+`Adapter.deltas` is a `Params` whose leaves are `Delta`s or None, so `adapter.deltas.layers[0].attn.q` stands beside
+`model.params.layers[0].attn.q`. Files (`lora.files`) and training (`realm_jax.finetune`) make adapters; `fit` checks
+one against a model; the forward pass takes the fitted tree.
+
+Shape suffixes: `N` output features, `K` input features, `R` rank, `A` adapters of a stack, `B` batch rows.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from realm_jax.errors import AdapterError
+from realm_jax.gguf.types import shown
+from realm_jax.kernels.delta import Delta, dora_norms
+from realm_jax.lora.row_order import to_ggml_rows
+from realm_jax.model.config import ARCHITECTURES, Config
+from realm_jax.model.model import Model
+from realm_jax.model.params import Attention, FeedForward, Layer, Params, TensorSpec, get_weight, tensor_specs
+
+Path = tuple[str | int, ...]
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down", "embedding", "output")
+"""The weights that a delta can change, by the last step of their path."""
+
+
+@flax.struct.dataclass
+class Adapter:
+    """Deltas beside the weights of a model. Arrays are leaves; what is below them is static.
+
+    deltas: `Params` of `Delta`s; None where a weight stays as it is. Of one adapter a (R, K), b (N, R); of a stack (see
+    `lora.stack`) each with a leading axis (A,). source: the file's name, for messages. architecture: that of its base
+    (`general.architecture`), None where the file does not say. row_order: how the output rows of q and k
+    are ordered: "hf", as Hugging Face has them, or "ggml", as in GGUF files (the same for models that rotate halves).
+    heads: query and kv heads of its base, which lead from one order to the other; None where they are not known.
+    fitted: `fit` has checked it against a model. skipped: what a lenient `fit` or load left out, one line each.
+    """
+
+    deltas: Params
+    source: str = flax.struct.field(pytree_node=False, default="adapter")
+    architecture: str | None = flax.struct.field(pytree_node=False, default=None)
+    row_order: str = flax.struct.field(pytree_node=False, default="ggml")
+    heads: tuple[int, int] | None = flax.struct.field(pytree_node=False, default=None)
+    fitted: bool = flax.struct.field(pytree_node=False, default=False)
+    skipped: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
+
+    def items(self) -> Iterator[tuple[Path, Delta]]:
+        """Path and delta of every weight that the adapter changes, in the order of the model."""
+        for path in delta_paths(len(self.deltas.layers)):
+            delta = get_weight(self.deltas, path)
+            if delta is not None:
+                yield path, delta
+
+    def scaled(self, factor: float | jax.Array) -> "Adapter":
+        """The adapter with every scale multiplied by a factor; the scale is an array, so nothing is compiled anew."""
+        return self.map(lambda delta: delta.replace(scale=delta.scale * factor))
+
+    def map(self, change: Any) -> "Adapter":
+        """The adapter with `change(delta)` in place of every delta."""
+        return self.replace(deltas=map_deltas(change, self.deltas))
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of its deltas."""
+        return max((delta.rank for _, delta in self.items()), default=0)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether this is a stack of adapters, of which each batch row takes one."""
+        return any(delta.a.ndim == 3 for _, delta in self.items())
+
+    @property
+    def size(self) -> int:
+        """How many numbers it has (a, b and magnitudes)."""
+        parts = ((d.a, d.b, d.magnitude) for _, d in self.items())
+        return sum(math.prod(x.shape) for triple in parts for x in triple if x is not None)
+
+    def __repr__(self) -> str:
+        found = list(self.items())
+        names = sorted({str(path[-1]) for path, _ in found}, key=TARGETS.index)
+        kind = "DoRA" if any(delta.magnitude is not None for _, delta in found) else "LoRA"
+        return f"Adapter({self.source}: {kind}, rank {self.rank}, {len(found)} weights: {', '.join(names)})"
+
+
+def map_deltas(change: Any, deltas: Params) -> Params:
+    """The tree with `change(delta)` in place of every delta."""
+    return jax.tree.map(change, deltas, is_leaf=lambda node: isinstance(node, Delta))
+
+
+def delta_paths(layers: int) -> Iterator[Path]:
+    """Paths of all weights of a model of so many layers that a delta can change, in the order of the model."""
+    yield ("embedding",)
+    for i in range(layers):
+        for part, names in (("attn", "qkvo"), ("ffn", ("gate", "up", "down"))):
+            for name in names:
+                yield ("layers", i, part, name)
+    yield ("output",)
+
+
+def build_deltas(by_path: Mapping[Path, Any], layers: int) -> Params:
+    """The tree of deltas from its leaves; paths that are absent are None. layers: of the model, or what is known."""
+
+    def block(cls: type, i: int, part: str) -> Any:
+        names = [f.name for f in dataclasses.fields(cls)]
+        return cls(**{name: by_path.get(("layers", i, part, name)) for name in names})
+
+    return Params(
+        embedding=by_path.get(("embedding",)),
+        layers=tuple(Layer(block(Attention, i, "attn"), block(FeedForward, i, "ffn")) for i in range(layers)),
+        norm=None,
+        output=by_path.get(("output",)),
+    )
+
+
+def fit(adapter: Adapter, model: Model, *, strict: bool = True) -> Adapter:
+    """The adapter, checked against a model and brought into the order of its weights: ready for the forward pass.
+
+    One that is fitted already is checked again for its shapes only. Where `strict` is false, what does not fit is left
+    out, and `skipped` says so, a line each. Raises AdapterError, one line that names file and tensor: for another
+    architecture (always), a weight the model does not have, a shape, a rank or numbers that cannot be.
+    """
+    config = model.config
+    if adapter.architecture not in (None, config.architecture):
+        raise AdapterError(
+            f"{adapter.source}: is made for {shown(adapter.architecture)} models; "
+            f"{model.origin.source} is {config.architecture}"
+        )
+    targets = target_specs(config)
+    fitting, skipped = {}, list(adapter.skipped)
+    for path, delta in adapter.items():
+        wrong = _misfit(delta, path, targets, check_values=not adapter.fitted)
+        if wrong is None:
+            fitting[path] = delta if adapter.fitted else _in_place(adapter, model, path, delta)
+        elif strict:
+            raise AdapterError(f"{adapter.source}: {wrong}")
+        else:
+            skipped.append(wrong)
+    return adapter.replace(
+        deltas=build_deltas(fitting, config.layers),
+        architecture=config.architecture,
+        row_order="ggml",
+        heads=(config.heads, config.kv_heads),
+        fitted=True,
+        skipped=tuple(skipped),
+    )
+
+
+def target_specs(config: Config) -> dict[Path, TensorSpec]:
+    """The weights of a model of this config that a delta can change, by path; the output head too where it is tied."""
+    wanted = set(delta_paths(config.layers))
+    return {spec.path: spec for spec in tensor_specs(config) if spec.path in wanted}
+
+
+def path_name(path: Path) -> str:
+    """A path as people write it: layers.0.attn.q."""
+    return ".".join(map(str, path))
+
+
+def weight_of(params: Params, path: Path) -> Any:
+    """The weight that a delta at this path changes: the embedding, for the output head of a tied model."""
+    weight = get_weight(params, path)
+    return params.embedding if weight is None and path == ("output",) else weight
+
+
+def _misfit(delta: Delta, path: Path, targets: Mapping[Path, TensorSpec], check_values: bool) -> str | None:
+    """What is wrong with a delta, as the rest of a line, or None."""
+    if path not in targets:
+        return f"tensor {gguf_name(path)} is for layer {path[1]}; the model has {_layers(targets)} layers"
+    spec = targets[path]
+    N, K = spec.shape
+    a, b = delta.a.shape, delta.b.shape
+    if len(a) != len(b) or len(a) not in (2, 3) or a[-2] != b[-1] or a[-2] < 1:
+        return f"tensor {spec.name}: lora_a {a} and lora_b {b} are no pair (rank, {K}) and ({N}, rank)"
+    if a[-1] != K or b[-2] != N:
+        R = a[-2]
+        return (
+            f"tensor {spec.name}: lora_a {a} and lora_b {b} do not fit its shape {spec.shape}: want {(R, K)}, {(N, R)}"
+        )
+    lengths = K if path == ("embedding",) else N
+    if delta.magnitude is not None and delta.magnitude.shape[-1] != lengths:
+        return f"tensor {spec.name}: its magnitude has shape {delta.magnitude.shape}; want ({lengths},)"
+    if check_values:
+        for name, value in (
+            ("lora_a", delta.a),
+            ("lora_b", delta.b),
+            ("scale", delta.scale),
+            ("magnitude", delta.magnitude),
+        ):
+            if (
+                value is not None
+                and not isinstance(value, jax.core.Tracer)
+                and not np.isfinite(np.asarray(value, np.float32)).all()
+            ):
+                return f"tensor {spec.name}: its {name} has a value that is NaN or infinite; every value must be finite"
+    return None
+
+
+def gguf_name(path: Path) -> str:
+    """The name in a GGUF file of the weight at a path, whether or not a model has it."""
+    return _GGUF_NAMES[path[-1]].format(path[1] if len(path) > 1 else "")
+
+
+_GGUF_NAMES = {
+    "embedding": "token_embd.weight",
+    "output": "output.weight",
+    "q": "blk.{}.attn_q.weight",
+    "k": "blk.{}.attn_k.weight",
+    "v": "blk.{}.attn_v.weight",
+    "o": "blk.{}.attn_output.weight",
+    "gate": "blk.{}.ffn_gate.weight",
+    "up": "blk.{}.ffn_up.weight",
+    "down": "blk.{}.ffn_down.weight",
+}
+
+
+def _layers(targets: Mapping[Path, TensorSpec]) -> int:
+    return 1 + max(path[1] for path in targets if len(path) > 1)
+
+
+def _in_place(adapter: Adapter, model: Model, path: Path, delta: Delta) -> Delta:
+    """The delta in the row order of GGUF files, with the norms that a DoRA delta needs."""
+    config = model.config
+    if adapter.row_order == "hf" and not ARCHITECTURES[config.architecture].rope_halves and path[-1] in ("q", "k"):
+        delta = to_ggml_rows(delta, config.heads if path[-1] == "q" else config.kv_heads)
+    return with_norms(delta, weight_of(model.params, path), path)
+
+
+def with_norms(delta: Delta, weight: Any, path: Path) -> Delta:
+    """The delta with its norms computed for this weight, where it has a magnitude; else as it is."""
+    if delta.magnitude is None:
+        return delta
+    return delta.replace(norms=jax.lax.stop_gradient(dora_norms(weight, delta, embedding=path == ("embedding",))))
+
+
+def refresh_norms(deltas: Params, params: Params) -> Params:
+    """The tree with the norms of its DoRA deltas computed anew: after a, b or the weights have changed."""
+    fresh = {}
+    for path in delta_paths(len(deltas.layers)):
+        delta = get_weight(deltas, path)
+        if delta is not None:
+            fresh[path] = with_norms(delta, weight_of(params, path), path)
+    return build_deltas(fresh, len(deltas.layers))
+
+
+def init_adapter(
+    model: Model,
+    key: jax.Array,
+    *,
+    rank: int = 16,
+    alpha: float = 32.0,
+    targets: Sequence[str] = ("q", "k", "v", "o", "gate", "up", "down"),
+    rslora: bool = False,
+    dora: bool = False,
+) -> Adapter:
+    """An adapter to train, fitted to the model, that changes nothing yet: a is random, b zero (float32).
+
+    a is uniform within 1 / sqrt(K), as PEFT has it. alpha: the scale is alpha / rank, or alpha / sqrt(rank) if
+    `rslora` (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732). targets: of TARGETS. dora: magnitudes too, which
+    begin at the lengths of the weights. AdapterError for a rank below 1, an alpha that is not finite, unknown targets.
+    """
+    if rank < 1 or not math.isfinite(alpha):
+        raise AdapterError(f"rank is {rank} and alpha {alpha}; want a rank of at least 1 and a finite alpha")
+    for target in targets:
+        if target not in TARGETS:
+            raise AdapterError(f"target {shown(target)} is not known; targets are {', '.join(TARGETS)}")
+    scale = jnp.float32(alpha / (math.sqrt(rank) if rslora else rank))
+    deltas = {}
+    for i, (path, spec) in enumerate(target_specs(model.config).items()):
+        if path[-1] not in targets:
+            continue
+        N, K = spec.shape
+        a = jax.random.uniform(jax.random.fold_in(key, i), (rank, K), jnp.float32, -(K**-0.5), K**-0.5)
+        delta = Delta(a, jnp.zeros((N, rank), jnp.float32), scale)
+        if dora:
+            embedding = path == ("embedding",)
+            norms = dora_norms(weight_of(model.params, path), delta, embedding=embedding)
+            delta = delta.replace(magnitude=jnp.sqrt(norms[0]), norms=norms)
+        deltas[path] = delta
+    config = model.config
+    return Adapter(
+        build_deltas(deltas, config.layers),
+        architecture=config.architecture,
+        heads=(config.heads, config.kv_heads),
+        fitted=True,
+    )
