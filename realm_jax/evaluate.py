@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from realm_jax.errors import RequestError
+from realm_jax.lora.stack import AdapterLike, deltas_for
 from realm_jax.model.config import Config
 from realm_jax.model.model import Model
 from realm_jax.model.params import Params
@@ -150,14 +151,17 @@ def score(
     model: Model,
     chunks_NT: np.ndarray,
     *,
+    adapter: AdapterLike | None = None,
     reference: Model | None = None,
+    reference_adapter: AdapterLike | None = None,
     batch: int | None = None,
     on_chunks: Callable[[int], None] | None = None,
 ) -> Scores:
     """Scores the second half of every chunk, `batch` chunks in a step (None: as many as memory allows, at most 8).
 
-    chunks_NT: int32 token ids. on_chunks: called with the number of chunks of each step when it is done.
-    Raises RequestError where a token id is not in the vocabulary, or the reference has another vocabulary.
+    chunks_NT: int32 token ids. adapter, reference_adapter: what the model and the reference run with. on_chunks: called
+    with the number of chunks of each step when it is done. Raises RequestError where a token id is not in the
+    vocabulary, or the reference has another vocabulary; AdapterError for an adapter that does not fit.
     """
     vocab_size = model.config.vocab_size
     if chunks_NT.size and not (chunks_NT.min() >= 0 and chunks_NT.max() < vocab_size):
@@ -167,9 +171,10 @@ def score(
     batch = batch or default_batch(chunks_NT.shape[1], model.config)
     models = (model,) if reference is None else (model, reference)
     params, configs = tuple(m.params for m in models), tuple(m.config for m in models)
+    deltas = tuple(deltas_for(m, a) for m, a in zip(models, (adapter, reference_adapter), strict=False))
     steps = []
     for rows, chunks_BT in batches(chunks_NT, min(batch, len(chunks_NT))):
-        scored = jax.tree.map(np.asarray, _score_step(params, configs, chunks_BT))
+        scored = jax.tree.map(np.asarray, _score_step(params, configs, chunks_BT, deltas))
         steps.append(jax.tree.map(lambda x, rows=rows: x[:rows], scored))
         if on_chunks:
             on_chunks(rows)
@@ -190,17 +195,21 @@ def batches(chunks_NT: np.ndarray, batch: int) -> Iterator[tuple[int, np.ndarray
 
 
 @functools.partial(jax.jit, static_argnames="configs")
-def _score_step(params: tuple[Params, ...], configs: tuple[Config, ...], tokens_BT: jax.Array) -> dict[str, jax.Array]:
+def _score_step(
+    params: tuple[Params, ...], configs: tuple[Config, ...], tokens_BT: jax.Array, deltas: tuple[Params | None, ...]
+) -> dict[str, jax.Array]:
     """The arrays of `Scores`, (B, W), of one model or of a model and its reference."""
     B, T = tokens_BT.shape
     first = T // 2
     target_BW = tokens_BT[:, first + 1 :]
-    hidden = [run(p, c, tokens_BT)[0][:, first : T - 1] for p, c in zip(params, configs, strict=True)]
+    models = list(zip(params, configs, deltas, strict=True))
+    hidden = [run(p, c, tokens_BT, deltas=d)[0][:, first : T - 1] for p, c, d in models]
 
     def score_block(block: tuple[jax.Array, list[jax.Array]]) -> dict[str, jax.Array]:
         target_P, hidden_PD = block
         log_p = [
-            jax.nn.log_softmax(unembed(p, c, h), axis=-1) for p, c, h in zip(params, configs, hidden_PD, strict=True)
+            jax.nn.log_softmax(unembed(p, c, h, deltas=d), axis=-1)
+            for (p, c, d), h in zip(models, hidden_PD, strict=True)
         ]
         nll = [-jnp.take_along_axis(lp_PV, target_P[:, None], axis=-1)[:, 0] for lp_PV in log_p]
         if len(log_p) == 1:
@@ -259,9 +268,11 @@ def text_chunks(model: Model, text: str, context: int) -> np.ndarray:
     return chunk_tokens(model.tokenizer.encode(text), context, bos)
 
 
-def perplexity(model: Model, text: str, *, context: int = 512, batch: int | None = None) -> Perplexity:
+def perplexity(
+    model: Model, text: str, *, context: int = 512, adapter: AdapterLike | None = None, batch: int | None = None
+) -> Perplexity:
     """Perplexity of a text, comparable with llama.cpp's at the same context. Raises RequestError for a short text."""
-    return Perplexity.of(score(model, text_chunks(model, text, context), batch=batch).nll)
+    return Perplexity.of(score(model, text_chunks(model, text, context), adapter=adapter, batch=batch).nll)
 
 
 def compare(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from realm_jax.cli import output
+from realm_jax.cli.adapters import adapter_options, load_adapters
 from realm_jax.cli.options import common_options, file_argument, pre_option
 from realm_jax.cli.text import one_line, read_stdin, visible
 from realm_jax.errors import RequestError
@@ -76,9 +77,19 @@ def _parse_bias(_context: click.Context, _parameter: click.Parameter, values: tu
 @click.option(
     "--logprobs", metavar="N", type=click.IntRange(min=0), default=0, help="Report log-probabilities of N top tokens."
 )
+@adapter_options
 @pre_option
 @common_options
-def command(model: Path | None, prompt: str, chat: bool, pre: str | None, as_json: bool, **settings: Any) -> None:
+def command(
+    model: Path | None,
+    prompt: str,
+    chat: bool,
+    adapter: list[tuple[Path, float]],
+    skip_misfits: bool,
+    pre: str | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
     """Go on with a prompt. MODEL left out means the bundled model.
 
     The text goes to stdout as it comes; what ran and how fast goes to stderr. Text from stdin loses one line
@@ -92,12 +103,13 @@ def command(model: Path | None, prompt: str, chat: bool, pre: str | None, as_jso
     started = time.perf_counter()
     with output.waiting("loading the model"):
         loaded = load(model, pre=pre)
+        settings["adapter"] = load_adapters(loaded, adapter, skip_misfits)
     load_seconds = time.perf_counter() - started
     if chat:
         prompt = _as_chat(loaded, prompt)
     if as_json:
         (completion,) = generate(loaded, [prompt], parse_special=chat, **settings)
-        output.print_json(_as_json(loaded, completion))
+        output.print_json(_as_json(loaded, completion) | {"adapters": _named(adapter)})
         return
     pieces = stream(loaded, prompt, parse_special=chat, **settings)
     with output.waiting("compiling, reading the prompt"):
@@ -107,7 +119,11 @@ def command(model: Path | None, prompt: str, chat: bool, pre: str | None, as_jso
     click.echo()
     if pieces.completion.logprobs:
         output.console(sys.stderr).print(_logprob_table(loaded.tokenizer, pieces.completion))
-    click.echo("\n" + _summary(loaded, pieces.completion, load_seconds), err=True)
+    click.echo("\n" + _summary(loaded, pieces.completion, load_seconds, _named(adapter)), err=True)
+
+
+def _named(adapters: list[tuple[Path, float]]) -> list[dict[str, Any]]:
+    return [{"path": str(path), "scale": scale} for path, scale in adapters]
 
 
 def to_terminal() -> bool:
@@ -166,7 +182,7 @@ def _logprob_table(tokenizer: "Tokenizer", completion: "Completion") -> Any:
     return made
 
 
-def _summary(model: "Model", completion: "Completion", load_seconds: float) -> str:
+def _summary(model: "Model", completion: "Completion", load_seconds: float, adapters: list[dict[str, Any]]) -> str:
     """What ran and how fast, for a person."""
     stats = completion.stats
     reason = {"eos": "end of text", "stop": "stop string", "length": "length reached"}[completion.stop_reason]
@@ -178,9 +194,10 @@ def _summary(model: "Model", completion: "Completion", load_seconds: float) -> s
         "before": f"{load_seconds:.2f} s to load, {stats.compile_seconds:.2f} s to compile, "
         f"{stats.prefill_seconds:.2f} s for {completion.prompt_tokens} prompt tokens",
         "model": f"{model.origin.source}: {architecture}, {output.count_text(weights)} weights: {formats}",
+        "adapter": ", ".join(f"{a['path']} (scale {a['scale']:g})" for a in adapters),
         "ran on": f"{stats.device}, matmul: {stats.matmul}",
     }
-    return "\n".join(one_line(f"  {name:8}{value}") for name, value in lines.items())
+    return "\n".join(one_line(f"  {name:9}{value}") for name, value in lines.items() if value)
 
 
 def _weights(model: "Model") -> tuple[int, str]:

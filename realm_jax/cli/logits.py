@@ -9,6 +9,7 @@ import click
 import numpy as np
 
 from realm_jax.cli import output
+from realm_jax.cli.adapters import adapter_options, load_adapters
 from realm_jax.cli.options import common_options, file_argument, pre_option
 from realm_jax.errors import RealmError, RequestError
 
@@ -27,10 +28,18 @@ def _parse_tokens(_context: click.Context, _parameter: click.Parameter, value: s
 @click.option("--tokens", callback=_parse_tokens, metavar="1,2,3", help="Token ids to run; nothing is added.")
 @click.option("--prompt", metavar="TEXT", help="Text to run; BOS and EOS are added by the file's own rules.")
 @click.option("--out", required=True, metavar="FILE.npy", type=click.Path(path_type=Path), help="File to write.")
+@adapter_options
 @pre_option
 @common_options
 def command(
-    model: Path, tokens: list[int] | None, prompt: str | None, out: Path, pre: str | None, as_json: bool
+    model: Path,
+    tokens: list[int] | None,
+    prompt: str | None,
+    out: Path,
+    adapter: list[tuple[Path, float]],
+    skip_misfits: bool,
+    pre: str | None,
+    as_json: bool,
 ) -> None:
     """Write the logits after each of T tokens: float32, shape (T, vocabulary)."""
     if (tokens is None) == (prompt is None):
@@ -40,12 +49,13 @@ def command(
 
     with output.waiting("loading the model"):
         loaded = load(model, pre=pre)
+        adapters = load_adapters(loaded, adapter, skip_misfits)
     if tokens is None:
         if loaded.tokenizer is None:
             raise RequestError(f"{model}: has no tokenizer for --prompt: give --tokens")
         tokens = loaded.tokenizer.encode(prompt)
     _check_tokens(tokens, loaded.config.vocab_size)
-    logits_TV = np.asarray(forward(loaded, np.asarray([tokens], np.int32))[0], np.float32)
+    logits_TV = np.asarray(forward(loaded, np.asarray([tokens], np.int32), adapter=adapters)[0], np.float32)
     write_npy(out, logits_TV)
     if as_json:
         output.print_json({"out": str(out), "tokens": tokens, "shape": logits_TV.shape})

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from realm_jax.cli import output
+from realm_jax.cli.adapters import adapter_options, load_adapters
 from realm_jax.cli.options import common_options, file_argument, pre_option
 from realm_jax.cli.text import read_text_file
 
@@ -38,6 +39,7 @@ DEFAULT_CONTEXT = 512  # llama.cpp's
     type=click.IntRange(min=1),
     help="Chunks to run at once (default: as memory allows, up to 8).",
 )
+@adapter_options
 @pre_option
 @common_options
 def command(
@@ -46,13 +48,16 @@ def command(
     context: int | None,
     reference: Path | None,
     batch: int | None,
+    adapter: list[tuple[Path, float]],
+    skip_misfits: bool,
     pre: str | None,
     as_json: bool,
 ) -> None:
     """Measure the perplexity of TEXTFILE, in llama.cpp's way.
 
     The text is cut into chunks of --context tokens; a line break at its very end is left out, as llama.cpp does.
-    Needs at least two chunks.
+    Needs at least two chunks. Adapters act on MODEL, not on the --reference: where both are the same file, the
+    divergence is what they change.
     """
     text = read_text_file(textfile).removesuffix("\n")
     from realm_jax.evaluate import Divergence, Perplexity, score, text_chunks
@@ -60,6 +65,7 @@ def command(
 
     with output.waiting("loading the model"):
         loaded = load(model, pre=pre)
+        adapters = load_adapters(loaded, adapter, skip_misfits)
     context = context or min(DEFAULT_CONTEXT, loaded.config.context_length)
     if context > loaded.config.context_length:
         click.echo(
@@ -72,7 +78,12 @@ def command(
     with output.progress() as bar:
         task = bar.add_task("chunks", total=len(chunks))
         scores = score(
-            loaded, chunks, reference=compared, batch=batch, on_chunks=lambda count: bar.advance(task, count)
+            loaded,
+            chunks,
+            adapter=adapters,
+            reference=compared,
+            batch=batch,
+            on_chunks=lambda count: bar.advance(task, count),
         )
     seconds = time.perf_counter() - started
     own = Perplexity.of(scores.nll)

@@ -19,7 +19,9 @@ from realm_jax.decode.prompts import Request
 from realm_jax.decode.stop import RowText
 from realm_jax.errors import RealmError
 from realm_jax.kernels.matmul import choose_impl
+from realm_jax.lora.stack import AdapterLike, deltas_for
 from realm_jax.model.model import Model
+from realm_jax.model.params import Params
 
 STRETCH = 16
 """Most steps between two looks at the text; what a row generates beyond a stop string is thrown away."""
@@ -65,20 +67,30 @@ class _Clock:
         return running
 
 
+def batch_deltas(
+    model: Model, adapter: AdapterLike | None, index: Sequence[int] | None, requests: int
+) -> Params | None:
+    """The deltas for a batch of so many requests; index: which entry of a stack each of them takes, one a request."""
+    if index is None:
+        return deltas_for(model, adapter)
+    return deltas_for(model, adapter, [*index, *[0] * (buckets.power_of_two(requests) - requests)])
+
+
 def run_batch(
-    model: Model, requests: Sequence[Request], streams: bool = False
+    model: Model, requests: Sequence[Request], streams: bool = False, deltas: Params | None = None
 ) -> Generator[tuple[int, str], None, list[Completion]]:
     """Decode `requests` together. Yields (index of the prompt, next piece of its text); returns the completions.
 
-    streams: pieces come as they are generated, not all at the end. Raises RealmError if a row's logits are not finite.
+    streams: pieces come as they are generated, not all at the end. deltas: of an adapter, from
+    `batch_deltas`. Raises RealmError if a row's logits are not finite.
     """
     clock = _Clock()
     rows = [_Row(request, model) for request in requests]
-    state = _prefill(model, requests, clock)
+    state = _prefill(model, requests, deltas, clock)
     stretch = 1 if streams else _stretch(rows)
     while any(row.reason is None for row in rows):
         started, compiled = time.perf_counter(), compile_seconds()
-        state = decode(model.params, model.config, state, stretch)
+        state = decode(model.params, model.config, state, stretch, deltas)
         tokens_BS, length_B, stop_B = jax.device_get((state.tokens_BS, state.length_B, state.stop_B))
         took = clock.add("decode", started, compiled)
         for b, row in enumerate(rows):
@@ -89,7 +101,7 @@ def run_batch(
     return _completions(model, rows, state.logprobs, clock)
 
 
-def _prefill(model: Model, requests: Sequence[Request], clock: _Clock) -> DecodeState:
+def _prefill(model: Model, requests: Sequence[Request], deltas: Params | None, clock: _Clock) -> DecodeState:
     """A fresh state, padded to buckets, with every prompt in its cache if there is something to generate."""
     started, compiled = time.perf_counter(), compile_seconds()
     prompt = max(len(r.tokens) for r in requests)
@@ -104,7 +116,7 @@ def _prefill(model: Model, requests: Sequence[Request], clock: _Clock) -> Decode
         size=buckets.cache_bucket(min(prompt + budget, model.config.context_length)),
     )
     for chunk in buckets.prefill_chunks(prompt - 1, rows) if budget else ():
-        state = prefill(model.params, model.config, state, chunk)
+        state = prefill(model.params, model.config, state, chunk, deltas)
     state.cache.length_B.block_until_ready()
     clock.add("prefill", started, compiled)
     return state

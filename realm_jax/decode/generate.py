@@ -5,11 +5,12 @@ Checks prompts and settings, makes requests of them, and runs these in batches (
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
-from realm_jax.decode.batch import run_batch
+from realm_jax.decode.batch import batch_deltas, run_batch
 from realm_jax.decode.completion import Completion
 from realm_jax.decode.prompts import Prompt, make_requests
 from realm_jax.decode.settings import Settings
 from realm_jax.errors import RequestError
+from realm_jax.lora.stack import AdapterLike
 from realm_jax.model.model import Model
 
 
@@ -29,6 +30,8 @@ def generate(
     stop: str | Sequence[str] = (),
     seed: int = 0,
     logprobs: int = 0,
+    adapter: AdapterLike | None = None,
+    adapter_index: Sequence[int] | None = None,
     add_special: bool = True,
     parse_special: bool = False,
     on_text: Callable[[int, str], None] | None = None,
@@ -37,13 +40,16 @@ def generate(
     """Go on with each prompt; returns one completion a prompt, in order.
 
     prompts: a string or a list of token ids, or a list of these. max_new_tokens to logprobs: see `Settings`. Prompt i
-    has seed `seed + i`: its tokens are those of a call with it alone and that seed. add_special, parse_special: for
+    has seed `seed + i`: its tokens are those of a call with it alone and that seed. adapter: one, or several that act
+    together (see `lora.stack.AdapterLike`), for all prompts; or a stack of them (`lora.stack`), of which prompt i takes
+    the entry `adapter_index[i]`, 0 = none. add_special, parse_special: for
     prompts that are strings, as in `Tokenizer.encode`. on_text: called with a prompt's index and each new piece of
     its text as it comes. batch_size: how many prompts run together at most; the cache
     takes memory for each.
 
     A token budget that would pass the model's context length is cut to it (stop_reason "length"). Raises RequestError
-    for prompts or settings that cannot be served, and RealmError if the model's logits are not finite.
+    for prompts or settings that cannot be served, AdapterError for an adapter that does not fit, and RealmError if the
+    model's logits are not finite.
     """
     settings = Settings(
         max_new_tokens=max_new_tokens,
@@ -62,9 +68,15 @@ def generate(
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise RequestError(f"batch_size is {batch_size!r}; it must be a whole number, 1 or more")
     requests = make_requests(model, prompts, settings, add_special=add_special, parse_special=parse_special)
+    if adapter_index is not None and len(adapter_index) != len(requests):
+        raise RequestError(f"adapter_index has {len(adapter_index)} entries for {len(requests)} prompts: give one each")
+    deltas = batch_deltas(model, adapter, None, batch_size) if adapter_index is None else None
     completions: list[Completion] = []
     for first in range(0, len(requests), batch_size):
-        pieces = run_batch(model, requests[first : first + batch_size], streams=on_text is not None)
+        batch = requests[first : first + batch_size]
+        if adapter_index is not None:
+            deltas = batch_deltas(model, adapter, adapter_index[first : first + batch_size], len(batch))
+        pieces = run_batch(model, batch, on_text is not None, deltas)
         completions += _drain(pieces, on_text)
     return completions
 
@@ -89,7 +101,13 @@ class TextStream(Iterator[str]):
 
 
 def stream(
-    model: Model, prompt: Prompt, *, add_special: bool = True, parse_special: bool = False, **settings
+    model: Model,
+    prompt: Prompt,
+    *,
+    adapter: AdapterLike | None = None,
+    add_special: bool = True,
+    parse_special: bool = False,
+    **settings,
 ) -> TextStream:
     """Go on with one prompt, piece by piece: iterate over the result for text, then read its `completion`.
 
@@ -98,7 +116,7 @@ def stream(
     requests = make_requests(
         model, [prompt], Settings(**settings), add_special=add_special, parse_special=parse_special
     )
-    return TextStream(run_batch(model, requests, streams=True))
+    return TextStream(run_batch(model, requests, True, batch_deltas(model, adapter, None, 1)))
 
 
 def _drain(

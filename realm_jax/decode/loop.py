@@ -98,12 +98,15 @@ class DecodeState:
         return (self.stop_B == Stop.RUNNING) & (self.cache.length_B == self.length_B - 1)
 
 
-def step(params: Params, config: Config, state: DecodeState) -> DecodeState:
-    """Run the pending token of every ready row and append the token drawn from its logits, or end the row."""
+def step(params: Params, config: Config, state: DecodeState, deltas: Params | None = None) -> DecodeState:
+    """Run the pending token of every ready row and append the token drawn from its logits, or end the row.
+
+    deltas: of an adapter that all rows share, or (leading axis B) of one a row; see `lora.stack.deltas_for`.
+    """
     ready_B = state.ready_B
     pending_B1 = jnp.take_along_axis(state.tokens_BS, state.length_B[:, None] - 1, axis=1)
-    hidden_B1D, cache = run(params, config, pending_B1, state.cache, ready_B.astype(jnp.int32))
-    logits_BV = unembed(params, config, hidden_B1D[:, 0])
+    hidden_B1D, cache = run(params, config, pending_B1, state.cache, ready_B.astype(jnp.int32), deltas=deltas)
+    logits_BV = unembed(params, config, hidden_B1D[:, 0], deltas=deltas)
     past = None
     if state.params.penalize:
         past = sampling.history(state.tokens_BS, state.prompt_length_B, state.length_B, config.vocab_size)
@@ -142,26 +145,36 @@ def _record(
     )
 
 
-def prefill(params: Params, config: Config, state: DecodeState, chunk: int) -> DecodeState:
+def prefill(
+    params: Params, config: Config, state: DecodeState, chunk: int, deltas: Params | None = None
+) -> DecodeState:
     """Take the next `chunk` (T, static) tokens of each running row into the cache, or as many as are left before the
     pending one. The cache's buffers are reused: the state passed in is gone afterwards.
     """
     left_B = jnp.where(state.stop_B == Stop.RUNNING, state.length_B - 1 - state.cache.length_B, 0)
-    return state.replace(cache=_fill_cache(params, config, state.cache, state.tokens_BS, left_B, chunk))
+    return state.replace(cache=_fill_cache(params, config, state.cache, state.tokens_BS, left_B, chunk, deltas))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "chunk"), donate_argnames="cache")
 def _fill_cache(
-    params: Params, config: Config, cache: KVCache, tokens_BS: jax.Array, left_B: jax.Array, chunk: int
+    params: Params,
+    config: Config,
+    cache: KVCache,
+    tokens_BS: jax.Array,
+    left_B: jax.Array,
+    chunk: int,
+    deltas: Params | None,
 ) -> KVCache:
     """Run up to `chunk` of each row's `left_B` next tokens. Knows nothing of sampling, whose variants thus share it."""
     position_BT = cache.length_B[:, None] + jnp.arange(chunk)
     tokens_BT = jnp.take_along_axis(tokens_BS, jnp.minimum(position_BT, tokens_BS.shape[1] - 1), axis=1)
-    return run(params, config, tokens_BT, cache, jnp.clip(left_B, 0, chunk))[1]
+    return run(params, config, tokens_BT, cache, jnp.clip(left_B, 0, chunk), deltas=deltas)[1]
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
-def decode(params: Params, config: Config, state: DecodeState, max_steps: int | jax.Array) -> DecodeState:
+def decode(
+    params: Params, config: Config, state: DecodeState, max_steps: int | jax.Array, deltas: Params | None = None
+) -> DecodeState:
     """Step until no row is ready or `max_steps` steps are done, all on the device.
 
     max_steps is traced: stretches of any length share one executable. The state's buffers are reused: the one passed
@@ -174,7 +187,7 @@ def decode(params: Params, config: Config, state: DecodeState, max_steps: int | 
 
     def body(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
         steps, state = carry
-        return steps + 1, step(params, config, state)
+        return steps + 1, step(params, config, state, deltas)
 
     return jax.lax.while_loop(goes_on, body, (jnp.int32(0), state))[1]
 
