@@ -8,6 +8,7 @@ Shape suffixes: `N` output features, `K` input features, `R` rank, `A` adapters 
 """
 
 import dataclasses
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,17 +16,19 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from realm_jax.errors import AdapterError
 from realm_jax.gguf.types import shown
 from realm_jax.kernels.delta import Delta, dora_norms
+from realm_jax.lora.misfit import Path as Path
+from realm_jax.lora.misfit import misfit
 from realm_jax.lora.row_order import to_ggml_rows
 from realm_jax.model.config import ARCHITECTURES, Config
 from realm_jax.model.model import Model
 from realm_jax.model.params import Attention, FeedForward, Layer, Params, TensorSpec, get_weight, tensor_specs
 
-Path = tuple[str | int, ...]
+logger = logging.getLogger("realm_jax")
+
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down", "embedding", "output")
 """The weights that a delta can change, by the last step of their path."""
 
@@ -39,7 +42,8 @@ class Adapter:
     (`general.architecture`), None where the file does not say. row_order: how the output rows of q and k
     are ordered: "hf", as Hugging Face has them, or "ggml", as in GGUF files (the same for models that rotate halves).
     heads: query and kv heads of its base, which lead from one order to the other; None where they are not known.
-    fitted: `fit` has checked it against a model. skipped: what a lenient `fit` or load left out, one line each.
+    base: name or path of its base model, as its file gives it; None where it gives none. fitted: `fit` has checked it
+    against a model. skipped: what a lenient `fit` or load left out, one line each.
     """
 
     deltas: Params
@@ -47,6 +51,7 @@ class Adapter:
     architecture: str | None = flax.struct.field(pytree_node=False, default=None)
     row_order: str = flax.struct.field(pytree_node=False, default="ggml")
     heads: tuple[int, int] | None = flax.struct.field(pytree_node=False, default=None)
+    base: str | None = flax.struct.field(pytree_node=False, default=None)
     fitted: bool = flax.struct.field(pytree_node=False, default=False)
     skipped: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
 
@@ -126,29 +131,43 @@ def fit(adapter: Adapter, model: Model, *, strict: bool = True) -> Adapter:
     architecture (always), a weight the model does not have, a shape, a rank or numbers that cannot be.
     """
     config = model.config
-    if adapter.architecture not in (None, config.architecture):
-        raise AdapterError(
-            f"{adapter.source}: is made for {shown(adapter.architecture)} models; "
-            f"{model.origin.source} is {config.architecture}"
-        )
-    targets = target_specs(config)
-    fitting, skipped = {}, list(adapter.skipped)
-    for path, delta in adapter.items():
-        wrong = _misfit(delta, path, targets, check_values=not adapter.fitted)
-        if wrong is None:
-            fitting[path] = delta if adapter.fitted else _in_place(adapter, model, path, delta)
-        elif strict:
-            raise AdapterError(f"{adapter.source}: {wrong}")
-        else:
-            skipped.append(wrong)
-    return adapter.replace(
-        deltas=build_deltas(fitting, config.layers),
+    checked = check(adapter, config, model.origin.source, strict=strict)
+    deltas = checked.deltas
+    if not adapter.fitted:
+        placed = {path: _in_place(adapter, model, path, delta) for path, delta in checked.items()}
+        deltas = build_deltas(placed, config.layers)
+    return checked.replace(
+        deltas=deltas,
         architecture=config.architecture,
         row_order="ggml",
         heads=(config.heads, config.kv_heads),
         fitted=True,
-        skipped=tuple(skipped),
     )
+
+
+def check(adapter: Adapter, config: Config, base: str = "its base model", *, strict: bool = True) -> Adapter:
+    """The adapter, checked against the config of a base model called `base`: what `fit` can say without its weights.
+
+    The deltas stay as they are. Where `strict` is false, those that do not fit are left out; `skipped` and the logger
+    "realm_jax" (as warnings) say which and why. Raises AdapterError as `fit` does.
+    """
+    if adapter.architecture not in (None, config.architecture):
+        raise AdapterError(
+            f"{adapter.source}: is made for {shown(adapter.architecture)} models; {base} is {config.architecture}"
+        )
+    targets = target_specs(config)
+    fitting, skipped = {}, []
+    for path, delta in adapter.items():
+        wrong = misfit(delta, path, targets, check_values=not adapter.fitted)
+        if wrong is None:
+            fitting[path] = delta
+        elif strict:
+            raise AdapterError(f"{adapter.source}: {wrong}")
+        else:
+            skipped.append(wrong)
+            logger.warning("%s: left out: %s", adapter.source, wrong)
+    deltas = build_deltas(fitting, config.layers)
+    return adapter.replace(deltas=deltas, skipped=(*adapter.skipped, *skipped))
 
 
 def target_specs(config: Config) -> dict[Path, TensorSpec]:
@@ -166,61 +185,6 @@ def weight_of(params: Params, path: Path) -> Any:
     """The weight that a delta at this path changes: the embedding, for the output head of a tied model."""
     weight = get_weight(params, path)
     return params.embedding if weight is None and path == ("output",) else weight
-
-
-def _misfit(delta: Delta, path: Path, targets: Mapping[Path, TensorSpec], check_values: bool) -> str | None:
-    """What is wrong with a delta, as the rest of a line, or None."""
-    if path not in targets:
-        return f"tensor {gguf_name(path)} is for layer {path[1]}; the model has {_layers(targets)} layers"
-    spec = targets[path]
-    N, K = spec.shape
-    a, b = delta.a.shape, delta.b.shape
-    if len(a) != len(b) or len(a) not in (2, 3) or a[-2] != b[-1] or a[-2] < 1:
-        return f"tensor {spec.name}: lora_a {a} and lora_b {b} are no pair (rank, {K}) and ({N}, rank)"
-    if a[-1] != K or b[-2] != N:
-        R = a[-2]
-        return (
-            f"tensor {spec.name}: lora_a {a} and lora_b {b} do not fit its shape {spec.shape}: want {(R, K)}, {(N, R)}"
-        )
-    lengths = K if path == ("embedding",) else N
-    if delta.magnitude is not None and delta.magnitude.shape[-1] != lengths:
-        return f"tensor {spec.name}: its magnitude has shape {delta.magnitude.shape}; want ({lengths},)"
-    if check_values:
-        for name, value in (
-            ("lora_a", delta.a),
-            ("lora_b", delta.b),
-            ("scale", delta.scale),
-            ("magnitude", delta.magnitude),
-        ):
-            if (
-                value is not None
-                and not isinstance(value, jax.core.Tracer)
-                and not np.isfinite(np.asarray(value, np.float32)).all()
-            ):
-                return f"tensor {spec.name}: its {name} has a value that is NaN or infinite; every value must be finite"
-    return None
-
-
-def gguf_name(path: Path) -> str:
-    """The name in a GGUF file of the weight at a path, whether or not a model has it."""
-    return _GGUF_NAMES[path[-1]].format(path[1] if len(path) > 1 else "")
-
-
-_GGUF_NAMES = {
-    "embedding": "token_embd.weight",
-    "output": "output.weight",
-    "q": "blk.{}.attn_q.weight",
-    "k": "blk.{}.attn_k.weight",
-    "v": "blk.{}.attn_v.weight",
-    "o": "blk.{}.attn_output.weight",
-    "gate": "blk.{}.ffn_gate.weight",
-    "up": "blk.{}.ffn_up.weight",
-    "down": "blk.{}.ffn_down.weight",
-}
-
-
-def _layers(targets: Mapping[Path, TensorSpec]) -> int:
-    return 1 + max(path[1] for path in targets if len(path) > 1)
 
 
 def _in_place(adapter: Adapter, model: Model, path: Path, delta: Delta) -> Delta:
