@@ -71,7 +71,7 @@ def write_gguf(
         head = _encode_header(fields, checked, alignment)
     except GGUFError as error:
         raise file_error(path, str(error)) from None
-    _check_target(path)
+    check_target(path)
     temporary = path.with_name(f".{secrets.token_hex(8)}.gguf.part")
     try:
         _write(temporary, path, head, checked, alignment)
@@ -83,7 +83,7 @@ def write_gguf(
         temporary.unlink(missing_ok=True)
 
 
-def _check_target(path: Path) -> None:
+def check_target(path: Path) -> None:
     """Refuses, before the work begins, a path that no file can take."""
     try:
         mode = path.stat().st_mode

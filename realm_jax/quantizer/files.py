@@ -52,7 +52,7 @@ def quantize_file(
     """
     name = resolve_name(format)
     with open_gguf(source) as file:
-        _refuse_own_file(file, Path(target))
+        refuse_own_file(file, Path(target))
         plan, importance = _prepare(file, name, keep, imatrix, method, pure)
         warnings = tuple(_warnings(file, name, plan, importance, imatrix))
         for warning in warnings if on_warning else ():
@@ -81,7 +81,7 @@ def check_quantization(
 ) -> None:
     """Raises what `quantize_file` would raise before it begins to work; for callers that calibrate first."""
     with open_gguf(source) as file:
-        _refuse_own_file(file, Path(target))
+        refuse_own_file(file, Path(target))
         _prepare(file, resolve_name(format), keep, None, method, pure)
 
 
@@ -96,13 +96,14 @@ def _prepare(
     return plan, importance
 
 
-def _refuse_own_file(file: GGUFFile, target: Path) -> None:
+def refuse_own_file(file: GGUFFile, target: Path, done: str = "quantized") -> None:
+    """Raises GGUFError where the file to be written is the one that is read. done: what becomes of it, for that."""
     try:
         same = any(os.path.samefile(path, target) for path in file.paths)
     except OSError:  # there is no such file yet, or the writer will say what is wrong with its name
         return
     if same:
-        raise file_error(target, "is the file to be quantized: give the new file another name")
+        raise file_error(target, f"is the file to be {done}: give the new file another name")
 
 
 def _changed(file: GGUFFile, plan: Plan) -> Iterator[tuple[str, str, str]]:

@@ -37,8 +37,8 @@ def quantize_model(
     weights = {s.path: get_weight(model.params, s.path) for s in specs.values()}
     for name, format in formats.items():
         path = specs[name].path
-        if _format_of(weights[path]) != format:
-            weights[path] = _quantized(origin.source, name, weights[path], format, imatrix, method)
+        if format_of(weights[path]) != format:
+            weights[path] = quantize_weight(origin.source, name, weights[path], format, imatrix, method)
     return model.replace(params=build_params(model.config, weights), origin=origin)
 
 
@@ -49,13 +49,14 @@ def formats_of_model(model: Model, mix: str, *, has_imatrix: bool = False) -> di
     for spec in tensor_specs(model.config):
         weight = get_weight(model.params, spec.path)
         if weight is not None:
-            tensors[spec.name] = (_format_of(weight), tuple(weight.shape))
+            tensors[spec.name] = (format_of(weight), tuple(weight.shape))
     return choose_formats(mix, metadata, tensors, has_imatrix=has_imatrix)
 
 
-def _quantized(
+def quantize_weight(
     source: str, name: str, weight: Weight, format: str, imatrix: Imatrix | None, method: str
 ) -> jax.Array | QuantizedTensor:
+    """A weight (N, K), or some rows of it, in another format; errors say that it is tensor `name` of `source`."""
     shape = tuple(weight.shape)
     importance = imatrix.importance(name, shape) if imatrix else None
     if importance is not None:
@@ -66,7 +67,8 @@ def _quantized(
         raise RealmError(f"{source}: tensor {name}: {error}") from None
 
 
-def _format_of(weight: Weight) -> str:
+def format_of(weight: Weight) -> str:
+    """The ggml name of the format that a weight has."""
     if isinstance(weight, QuantizedTensor):
         return weight.format
     return next((name for name, dtype in DENSE_FORMATS.items() if dtype == weight.dtype), str(weight.dtype))
