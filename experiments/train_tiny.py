@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 import time
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -22,12 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from realm_jax.errors import RealmError
 from realm_jax.experiment import Run, experiment_command, plot_curves
+from realm_jax.experiment.checkpoints import open_checkpoints, progress_bar, restore_newest, save_checkpoint
 from realm_jax.model import Config, Params, Rope, export, init_params, unembed
 from realm_jax.model import run as run_model
 from tiny_corpus import Corpus, TextConfig, make_corpus
@@ -200,31 +198,9 @@ def train(
                 console.print(f"{role} step {step}: loss {values['loss']:.4f}, held out {values['held_out_loss']:.4f}")
             run.log(model=role, step=step, **values)
             if step % training.checkpoint_every == 0 or step == training.steps:
-                checkpoints.save(step, args=ocp.args.StandardSave(state))
+                save_checkpoint(checkpoints, step, state)
             progress.update(task, completed=step, loss=f"loss {values['loss']:.3f}")
     return state.params
-
-
-def open_checkpoints(folder: Path) -> ocp.CheckpointManager:
-    """Two newest checkpoints are kept; each appears under its name only when it is complete."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    return ocp.CheckpointManager(folder.absolute(), options=options)
-
-
-def restore_newest(checkpoints: ocp.CheckpointManager, state: TrainState) -> TrainState:
-    """The newest checkpoint that can be read, or `state` where there is none; unreadable ones are removed."""
-    for step in sorted(checkpoints.all_steps(), reverse=True):
-        try:
-            return checkpoints.restore(step, args=ocp.args.StandardRestore(state))
-        except (OSError, ValueError, KeyError) as error:
-            print(f"checkpoint {step} cannot be read ({type(error).__name__}), trying an older one", file=sys.stderr)
-            checkpoints.delete(step)
-    return state
-
-
-def progress_bar(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, TextColumn("{task.fields[loss]}"), console=console)
 
 
 # --- results -------------------------------------------------------------------------------------------------
