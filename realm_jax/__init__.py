@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from realm_jax.lora import Adapter, load_adapter
     from realm_jax.model import Model, load, save
     from realm_jax.quant import QuantizedTensor, dequantize, quantize
+    from realm_jax.quantizer import merge
 
 _HOMES = {
     "realm_jax.decode.generate": ("Completion", "generate", "stream"),
@@ -24,6 +25,7 @@ _HOMES = {
     "realm_jax.lora": ("Adapter", "load_adapter"),
     "realm_jax.model": ("Model", "load", "save"),
     "realm_jax.quant": ("QuantizedTensor", "dequantize", "quantize"),
+    "realm_jax.quantizer": ("merge",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -41,6 +43,7 @@ __all__ = [
     "generate",
     "load",
     "load_adapter",
+    "merge",
     "quantize",
     "save",
     "stream",
