@@ -9,6 +9,7 @@ import click
 
 from realm_jax.cli import output
 from realm_jax.cli.adapters import adapter_options, load_adapters
+from realm_jax.cli.divergence import divergence_json, divergence_rows
 from realm_jax.cli.options import common_options, file_argument, pre_option
 from realm_jax.cli.text import read_text_file
 
@@ -98,32 +99,14 @@ def command(
 def _as_json(own: "Perplexity", divergence: "Divergence | None") -> dict[str, Any]:
     result = {"perplexity": own.perplexity, "perplexity_error": own.error, "nll": own.nll.mean}
     result["nll_error"] = own.nll.error
-    if divergence is None:
-        return result
-    reference = divergence.reference
-    result |= {"reference_perplexity": reference.perplexity, "reference_perplexity_error": reference.error}
-    for name in ("log_ratio", "kl", "top1_agreement"):
-        estimate = getattr(divergence, name)
-        key = "kl_mean" if name == "kl" else name
-        result |= {key: estimate.mean, f"{key}_error": estimate.error}
-    quantiles = ("kl_median", "kl_median_error", "kl_99", "kl_99_error", "kl_max")
-    return result | {name: getattr(divergence, name) for name in quantiles}
+    return result if divergence is None else result | divergence_json(divergence)
 
 
 def _show(own: "Perplexity", divergence: "Divergence | None", facts: dict[str, Any]) -> None:
     made = output.table("measure", "value", "error", numbers=("value", "error"))
     output.add_row(made, "perplexity", f"{own.perplexity:.4f}", f"{own.error:.4f}")
-    if divergence is not None:
-        reference, ratio, kl, top = divergence.reference, divergence.log_ratio, divergence.kl, divergence.top1_agreement
-        output.add_row(made, "perplexity of the reference", f"{reference.perplexity:.4f}", f"{reference.error:.4f}")
-        output.add_row(made, "ln(perplexity / reference)", f"{ratio.mean:.6f}", f"{ratio.error:.6f}")
-        output.add_row(made, "KL divergence, mean (nats)", f"{kl.mean:.6f}", f"{kl.error:.6f}")
-        output.add_row(
-            made, "KL divergence, median", f"{divergence.kl_median:.6f}", f"{divergence.kl_median_error:.6f}"
-        )
-        output.add_row(made, "KL divergence, 99%", f"{divergence.kl_99:.6f}", f"{divergence.kl_99_error:.6f}")
-        output.add_row(made, "KL divergence, maximum", f"{divergence.kl_max:.6f}", "")
-        output.add_row(made, "same token first", f"{top.mean:.3%}", f"{top.error:.3%}")
+    for row in divergence_rows(divergence) if divergence else ():
+        output.add_row(made, *row)
     output.console(sys.stdout).print(made)
     speed = facts["chunks"] * facts["context"] / facts["seconds"]
     click.echo(
