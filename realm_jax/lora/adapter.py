@@ -64,7 +64,7 @@ class Adapter:
 
     def scaled(self, factor: float | jax.Array) -> "Adapter":
         """The adapter with every scale multiplied by a factor; the scale is an array, so nothing is compiled anew."""
-        return self.map(lambda delta: delta.replace(scale=delta.scale * factor))
+        return self.map(lambda delta: delta.replace(scale=delta.scale * jnp.asarray(factor, jnp.float32)))
 
     def map(self, change: Any) -> "Adapter":
         """The adapter with `change(delta)` in place of every delta."""
