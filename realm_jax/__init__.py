@@ -14,7 +14,7 @@ from realm_jax.errors import RequestError as RequestError
 if TYPE_CHECKING:
     from realm_jax.decode.generate import Completion, generate, stream
     from realm_jax.logits import forward
-    from realm_jax.lora import Adapter, load_adapter
+    from realm_jax.lora import Adapter, load_adapter, save_adapter
     from realm_jax.model import Model, load, save
     from realm_jax.quant import QuantizedTensor, dequantize, quantize
     from realm_jax.quantizer import merge
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "realm_jax.decode.generate": ("Completion", "generate", "stream"),
     "realm_jax.logits": ("forward",),
-    "realm_jax.lora": ("Adapter", "load_adapter"),
+    "realm_jax.lora": ("Adapter", "load_adapter", "save_adapter"),
     "realm_jax.model": ("Model", "load", "save"),
     "realm_jax.quant": ("QuantizedTensor", "dequantize", "quantize"),
     "realm_jax.quantizer": ("merge",),
@@ -46,6 +46,7 @@ __all__ = [
     "merge",
     "quantize",
     "save",
+    "save_adapter",
     "stream",
 ]
 
