@@ -24,9 +24,9 @@ def divergence_rows(divergence: "Divergence") -> list[tuple[str, str, str]]:
     return [
         ("perplexity of the reference", f"{reference.perplexity:.4f}", f"{reference.error:.4f}"),
         ("ln(perplexity / reference)", f"{ratio.mean:.6f}", f"{ratio.error:.6f}"),
-        ("KL divergence, mean (nats)", f"{kl.mean:.6f}", f"{kl.error:.6f}"),
-        ("KL divergence, median", f"{divergence.kl_median:.6f}", f"{divergence.kl_median_error:.6f}"),
-        ("KL divergence, 99%", f"{divergence.kl_99:.6f}", f"{divergence.kl_99_error:.6f}"),
-        ("KL divergence, maximum", f"{divergence.kl_max:.6f}", ""),
+        ("KL divergence, mean (nats)", f"{kl.mean:.4g}", f"{kl.error:.4g}"),
+        ("KL divergence, median", f"{divergence.kl_median:.4g}", f"{divergence.kl_median_error:.4g}"),
+        ("KL divergence, 99%", f"{divergence.kl_99:.4g}", f"{divergence.kl_99_error:.4g}"),
+        ("KL divergence, maximum", f"{divergence.kl_max:.4g}", ""),
         ("same token first", f"{top.mean:.3%}", f"{top.error:.3%}"),
     ]

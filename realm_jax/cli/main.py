@@ -37,7 +37,7 @@ def _print_version(context: click.Context, _parameter: click.Parameter, value: b
 class Commands(click.Group):
     """Loads the module of a command when it is asked for; each has a click command named `command`."""
 
-    NAMES = ("generate", "inspect", "logits", "perplexity", "quantize", "tokenize")
+    NAMES = ("finetune", "generate", "inspect", "logits", "merge", "perplexity", "quantize", "tokenize")
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.NAMES)
