@@ -132,16 +132,12 @@ def to_terminal() -> bool:
 
 
 def _as_chat(model: "Model", message: str) -> str:
-    """The prompt text of one user message; its BOS, if any, is left to the tokenizer where that adds one."""
-    from realm_jax.gguf.chat import render_chat
+    """The prompt text of one user message."""
+    from realm_jax.gguf.chat import chat_text
 
-    tokenizer = model.tokenizer
-    if tokenizer is None or not tokenizer.chat_template:
+    if model.tokenizer is None or not model.tokenizer.chat_template:
         raise RequestError(f"{model.origin.source}: has no chat template for --chat: leave --chat out")
-    bos, eos = ("" if i is None else tokenizer.pieces([i])[0] for i in (tokenizer.bos_id, tokenizer.eos_id))
-    messages = [{"role": "user", "content": message}]
-    text = render_chat(tokenizer.chat_template, messages, bos_token=bos, eos_token=eos)
-    return text.removeprefix(bos) if tokenizer.add_bos else text
+    return chat_text(model.tokenizer, [{"role": "user", "content": message}])
 
 
 def _as_json(model: "Model", completion: "Completion") -> dict[str, Any]:

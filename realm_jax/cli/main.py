@@ -5,6 +5,7 @@
 
 import contextlib
 import importlib
+import logging
 import os
 import sys
 import traceback
@@ -37,7 +38,17 @@ def _print_version(context: click.Context, _parameter: click.Parameter, value: b
 class Commands(click.Group):
     """Loads the module of a command when it is asked for; each has a click command named `command`."""
 
-    NAMES = ("finetune", "generate", "inspect", "logits", "merge", "perplexity", "quantize", "tokenize")
+    NAMES = (
+        "convert-adapter",
+        "finetune",
+        "generate",
+        "inspect",
+        "logits",
+        "merge",
+        "perplexity",
+        "quantize",
+        "tokenize",
+    )
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.NAMES)
@@ -45,7 +56,7 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.NAMES:
             return None
-        return importlib.import_module(f"realm_jax.cli.{cmd_name}").command
+        return importlib.import_module(f"realm_jax.cli.{cmd_name.replace('-', '_')}").command
 
 
 @click.command(cls=Commands, context_settings={"max_content_width": 100})
@@ -75,6 +86,7 @@ def run(args: Sequence[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # characters that the terminal's encoding lacks are escaped, never an error
             stream.reconfigure(errors="backslashreplace")
+    logging.getLogger("realm_jax").addHandler(logging.NullHandler())  # commands say themselves what it would
     settings = Settings()
     try:
         with realm.make_context("realm", list(args), obj=settings) as context:

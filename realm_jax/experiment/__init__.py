@@ -4,7 +4,7 @@ A config is one frozen dataclass, read from one TOML file and changed by `--set 
 produces lies in one folder under `runs/`.
 """
 
-from realm_jax.experiment.command import experiment_command
+from realm_jax.experiment.command import experiment_command, run_options
 from realm_jax.experiment.config import dump_toml, load_config
 from realm_jax.experiment.report import describe_run, markdown_table, new_figure, plot_curves, save_figure
 from realm_jax.experiment.run import Run, read_json
@@ -19,5 +19,6 @@ __all__ = [
     "new_figure",
     "plot_curves",
     "read_json",
+    "run_options",
     "save_figure",
 ]

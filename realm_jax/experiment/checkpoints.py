@@ -36,6 +36,6 @@ def restore_newest(checkpoints: ocp.CheckpointManager, state: State) -> State:
 
 
 def progress_bar(console: Console) -> Progress:
-    """A bar of steps done; its tasks have a field `loss`, text."""
+    """A bar of steps done, shown on terminals alone; its tasks have a field `loss`, text."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, TextColumn("{task.fields[loss]}"), console=console)
+    return Progress(*columns, TextColumn("{task.fields[loss]}"), console=console, disable=not console.is_terminal)

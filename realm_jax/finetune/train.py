@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Rows to train on, and rows to measure the loss on (None: it is not measured)."""
+    """Rows to train on, and rows to measure the loss on (None: it is not measured). notes: how they came about."""
 
     train: Rows
     evaluation: Rows | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Trainer:

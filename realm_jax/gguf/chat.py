@@ -17,6 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 from realm_jax.errors import GGUFError, RealmError, RequestError
+from realm_jax.gguf.tokenizer import Tokenizer
 
 MAX_TEMPLATE = 1 << 20  # characters of a template
 MAX_TEXT = 1 << 24  # characters of the output, and of any string made on the way
@@ -63,6 +64,22 @@ def render_chat(
     except Exception as error:
         # Templates compute with the messages, so anything can go wrong in them.
         raise GGUFError(f"tokenizer.chat_template failed: {type(error).__name__}: {_one_line(error)}") from None
+
+
+def chat_text(
+    tokenizer: Tokenizer, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **extra: Any
+) -> str:
+    """`render_chat` with a tokenizer's own template; its BOS, if any, is left to the tokenizer where that adds one."""
+    bos, eos = ("" if i is None else tokenizer.pieces([i])[0] for i in (tokenizer.bos_id, tokenizer.eos_id))
+    text = render_chat(
+        tokenizer.chat_template,
+        messages,
+        add_generation_prompt=add_generation_prompt,
+        bos_token=bos,
+        eos_token=eos,
+        **extra,
+    )
+    return text.removeprefix(bos) if tokenizer.add_bos else text
 
 
 def _check_messages(messages: Any) -> None:
