@@ -1,4 +1,5 @@
-"""Keeps weights packed until the moment they are multiplied. Called by `reference`.
+"""Keeps weights packed until they are multiplied, and activations away until they are wanted again. Called by
+`reference` and `model.transformer`.
 
 Left alone, XLA computes everything that depends on weights alone as early as it can. Weights are constants of a decode
 loop, so it moves their dequantization out of the loop; and its CPU backend runs what is ready in breadth, so that even
@@ -6,7 +7,8 @@ a single forward pass dequantizes every layer before it multiplies by the first.
 memory in float32, once. So the weights are made to depend on the activations that they are about to meet.
 """
 
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +31,24 @@ def packed_until(x: jax.Array, w: Weights) -> tuple[jax.Array, Weights]:
 @packed_until.defjvp
 def _packed_until_jvp(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
     return packed_until(*primals), tangents
+
+
+def rematerialize(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function(x, *rest)`, for which the backward pass keeps the arguments and computes the rest again (Chen et al.
+    2016). All arrays that it reads must be arguments; x is one array.
+
+    `jax.checkpoint` leaves it to a barrier that the two computations stay two; XLA's CPU backend drops that, finds them
+    equal, and keeps everything. Here the second waits for the gradient of its result.
+    """
+
+    def backward(arguments: tuple, gradient: Any) -> tuple:
+        x, *rest = arguments
+        _, x = packed_until(jax.tree.leaves(gradient)[0], x)
+        return jax.vjp(function, x, *rest)[1](gradient)
+
+    twice = jax.custom_vjp(function)
+    twice.defvjp(lambda *arguments: (function(*arguments), arguments), backward)
+    return twice
 
 
 @custom_vmap

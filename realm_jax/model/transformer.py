@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from realm_jax.kernels.residency import rematerialize
 from realm_jax.model import layers
 from realm_jax.model.cache import KVCache
 from realm_jax.model.config import Config
@@ -45,7 +46,7 @@ def run(
     first_BT: int32, for rows in which documents are packed end to end, without a cache: the place in the row where the
     document of each token begins; a token sees only its own document, and its position counts from there. dtype: of the
     activations between the products. remat: keep only the input of each layer for the backward pass, and compute the
-    rest again there (Chen et al. 2016). observe: called while the function is traced, once for every linear weight of
+    rest again there. observe: called while the function is traced, once for every linear weight of
     the layers, with the path of the weight in `Params` and the (traced) activations that it multiplies, padding
     included.
     """
@@ -56,7 +57,16 @@ def run(
     rotation = rope_tables(config.rope, params.rope_factors, position_BT)
     row_B1 = jnp.arange(B, dtype=jnp.int32)[:, None]
 
-    def block(i: int, x_BTD: jax.Array, layer: Layer, change: Layer, cache: KVCache | None) -> tuple:
+    def block(
+        i: int,
+        x_BTD: jax.Array,
+        layer: Layer,
+        change: Layer,
+        cache: KVCache | None,
+        rotation: layers.Rotation,
+        place_BT: jax.Array,
+        first_BT: jax.Array | None,
+    ) -> tuple:
         in_attn, in_ffn = (_observe_within(observe, "layers", i, part) for part in ("attn", "ffn"))
         q_BTHC, k_BTKC, v_BTKC = layers.project_qkv(layer.attn, config, x_BTD, rotation, change.attn, in_attn)
         if cache is None:
@@ -77,7 +87,8 @@ def run(
     for i, layer in enumerate(params.layers):
         change = Layer(None, None) if deltas is None else deltas.layers[i]
         one = functools.partial(block, i)
-        x_BTD, cache = (jax.checkpoint(one) if remat else one)(x_BTD, layer, change, cache)
+        one = rematerialize(one) if remat else one
+        x_BTD, cache = one(x_BTD, layer, change, cache, rotation, place_BT, first_BT)
     if cache is not None:
         cache = cache.replace(length_B=cache.length_B + (T if count_B is None else count_B))
     return x_BTD, cache
