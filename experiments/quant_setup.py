@@ -1,6 +1,6 @@
 """What the quantization experiments share: a float model, texts to measure and to calibrate on, and the measuring.
 
-Used by `quant_quality.py` and `quant_sensitivity.py`. Shapes: N chunks, T tokens a chunk, W scored tokens a chunk.
+Used by `quant_quality.py`, `quant_sensitivity.py` and `lora_on_quantized.py`. Shapes: N chunks, T tokens a chunk, W scored tokens a chunk.
 """
 
 from __future__ import annotations
@@ -89,19 +89,22 @@ class Subject:
 
 def make_subject(config: SubjectConfig, text: TextConfig) -> Subject:
     """Loads the model and its texts. Raises RealmError where a text is too short or the model has no tokenizer."""
-    loaded = load(config.model)
-    source, packed = loaded.origin.source, is_packed(loaded)
-    if packed and config.turn:
-        reference = off_grid(loaded, turn=config.turn, seed=config.seed)
-        about = (
-            f"{source} in another basis (turn {config.turn}, seed {config.seed}), which takes its weights off the grid"
-        )
-    else:
-        reference = dense(loaded)
-        about = f"{source}, dequantized: weights that lie on a grid" if packed else source
+    reference, about = make_reference(config)
     held_out = _tokens(reference, text.held_out, text, text.chunks, held_out=True)
     calibration = _tokens(reference, text.calibration, text, text.calibration_chunks, held_out=False)
     return Subject(reference, held_out, calibration, about)
+
+
+def make_reference(config: SubjectConfig) -> tuple[Model, str]:
+    """The float32 model of a subject, and a sentence about it."""
+    loaded = load(config.model)
+    source, packed = loaded.origin.source, is_packed(loaded)
+    if packed and config.turn:
+        about = (
+            f"{source} in another basis (turn {config.turn}, seed {config.seed}), which takes its weights off the grid"
+        )
+        return off_grid(loaded, turn=config.turn, seed=config.seed), about
+    return dense(loaded), f"{source}, dequantized: weights that lie on a grid" if packed else source
 
 
 def _tokens(model: Model, path: Path | None, text: TextConfig, count: int, *, held_out: bool) -> np.ndarray:
