@@ -1,6 +1,7 @@
 """What the quantization experiments share: a float model, texts to measure and to calibrate on, and the measuring.
 
-Used by `quant_quality.py`, `quant_sensitivity.py` and `lora_on_quantized.py`. Shapes: N chunks, T tokens a chunk, W scored tokens a chunk.
+Used by `quant_quality.py`, `quant_sensitivity.py` and `lora_on_quantized.py`. Shapes: N chunks, T tokens a chunk, W
+scored tokens a chunk.
 """
 
 from __future__ import annotations
