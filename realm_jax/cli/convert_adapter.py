@@ -55,13 +55,13 @@ def command(source: Path, target: Path, base: Path | None, dtype: str, skip_misf
     config = None if base is None else read_base(base)
     if config is not None:
         adapter = check(adapter, config, str(base), strict=not skip_misfits)
+    report_skipped(adapter)
     save_adapter(adapter, target, base=config, dtype=dtype)
     if as_json:
         kind = "GGUF" if is_gguf(target) else "PEFT"
         about = {"in": str(source), "out": str(target), "kind": kind, "base": None if base is None else str(base)}
         about["architecture"] = config.architecture if config else adapter.architecture
         output.print_json(about | _facts(adapter, kind))
-    report_skipped(adapter)
     count = sum(1 for _ in adapter.items())
     click.echo(one_line(f"{target}: {count} weights, rank {adapter.rank}, {dtype}"), err=True)
 

@@ -68,7 +68,8 @@ def save_adapter(
     architecture (GGUF) or heads (q and k of llama from one kind of file to the other), and checked against. What was
     loaded from one kind and saved as the other holds the same numbers, with two exceptions: GGUF has one alpha for all,
     so `b` of weights whose scale is another one is multiplied; and a scale for which there is no float32 alpha moves by
-    its last bit. PEFT files keep every scale, rsLoRA's as a plain alpha.
+    its last bit. PEFT files keep every scale, rsLoRA's as a plain alpha. (llama.cpp cannot change embedding or
+    output head of a model that ties them: it refuses an adapter for the latter and aborts on one for the former.)
 
     The file, or the directory, appears whole or not at all; a PEFT directory of that name is replaced, and other files
     in it are kept. Raises AdapterError, one line, for a stack, DoRA in a GGUF, what is missing of the base, numbers
