@@ -150,7 +150,7 @@ def train_step(
     updates, moments = make_optimizer(training).update(gradient, state.optimizer, state.trained)
     values = {
         "loss": loss,
-        "gradient_norm": optax.global_norm(gradient),
+        "gradient_norm": optax.tree.norm(gradient),
         "learning_rate": learning_rate(training, state.step),
     }
     return TrainState(optax.apply_updates(state.trained, updates), moments, state.step + 1), values
