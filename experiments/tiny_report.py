@@ -202,14 +202,18 @@ def install(run: Path, assets: Path) -> None:
 def install_models(run: Path, assets: Path) -> None:
     """Raises RealmError where the run has no results yet, or the card no place for them."""
     results = read_json(run / "results.json")
-    card = assets / "README.md"
-    before, begin, rest = card.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise RealmError(f"{card}: has no results section; want a line {BEGIN!r} and a line {END!r}")
+    write_section(assets / "README.md", BEGIN, END, card_section(results))
     for model in results["models"].values():
         shutil.copyfile(run / model["file"], assets / model["file"])
-    card.write_text(f"{before}{begin}\n\n{card_section(results)}\n{end}{after}", encoding="utf-8")
+
+
+def write_section(card: Path, begin: str, end: str, section: str) -> None:
+    """Puts a section between the two marks of a Markdown file. RealmError where it does not have them."""
+    before, found, rest = card.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise RealmError(f"{card}: has no results section; want a line {begin!r} and a line {end!r}")
+    card.write_text(f"{before}{begin}\n\n{section}\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":
