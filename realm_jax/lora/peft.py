@@ -8,6 +8,7 @@ Shape suffixes: `N` output features, `K` input features, `R` rank, `V` vocabular
 
 import json
 import re
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path as FilePath
@@ -16,7 +17,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from realm_jax.errors import AdapterError
 from realm_jax.gguf.types import shown, shown_path
@@ -48,6 +48,7 @@ _TENSOR = re.compile(
 # PEFT saves the whole weights of embeddings that an adapter is for beside it: copies of what the base model has.
 _COPY = re.compile(r"(?:base_model\.model\.)?(?:model\.)?(?:embed_tokens|lm_head)\.base_layer\.weight")
 _DTYPES = ("F32", "F16", "BF16", "F64")
+_DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 Found = dict[str, tuple[str, np.ndarray]]  # kind of tensor -> its key in the file and its values
 
@@ -190,7 +191,23 @@ def write_peft(adapter: Adapter, folder: FilePath, dtype: np.dtype, cast: Callab
     if adapter.heads is not None:
         metadata["realm.heads"] = "{},{}".format(*adapter.heads)
     (folder / CONFIG).write_text(json.dumps(peft_config(adapter), indent=2) + "\n", encoding="utf-8")
-    save_file(tensors, folder / WEIGHTS, metadata=metadata)
+    _write_safetensors(folder / WEIGHTS, tensors, metadata)
+
+
+def _write_safetensors(path: FilePath, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """The same bytes for the same contents, which `safetensors` does not promise: it shuffles the metadata."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, array in tensors.items():
+        start, end = end, end + array.nbytes
+        dtype = _DTYPE_NAMES[array.dtype.name]
+        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for array in tensors.values():
+            file.write(array.tobytes())
 
 
 def module_name(path: Path) -> str:

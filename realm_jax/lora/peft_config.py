@@ -157,4 +157,5 @@ def _first_match(patterns: tuple[tuple[re.Pattern, Any], ...], module: str, defa
 
 
 def _described(value: Any) -> str:
-    return "missing" if value is None else shown(repr(value)).strip('"')
+    text = "missing" if value is None else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

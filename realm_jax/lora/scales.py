@@ -13,16 +13,17 @@ def peft_alpha(scale: float, rank: int) -> int | float:
     """The alpha whose quotient by the rank is exactly this float32 scale; a whole number where one does it."""
     alpha = float(scale) * rank
     whole = round(alpha)
-    return whole if np.float32(whole / rank) == np.float32(scale) else alpha
+    return whole if whole and np.float32(whole / rank) == np.float32(scale) else alpha
 
 
 def gguf_alpha(scales: Sequence[tuple[float, int]]) -> float:
     """The one alpha (float32) that gives most weights, as (scale, rank), their scale. 0 stands for the scale 1."""
-    served = Counter(alpha for scale, rank in scales for alpha in _exact_alphas(np.float32(scale), np.float32(rank)))
+    # A scale of (nearly) nothing has no say: its alpha would be 0, or leave no digits to the other weights.
+    voters = [(np.float32(scale), np.float32(rank)) for scale, rank in scales if abs(scale) > 1e-30]
+    served = Counter(alpha for scale, rank in voters for alpha in _exact_alphas(scale, rank))
     if served:
         return max(served, key=lambda alpha: (served[alpha], alpha != 0))
-    scale, rank = next(((s, r) for s, r in scales if s), (1.0, 1))
-    return float(np.float32(scale * rank))
+    return float(voters[0][0] * voters[0][1]) if voters else 1.0
 
 
 def gguf_factor(alpha: float, scale: float, rank: int) -> float:
