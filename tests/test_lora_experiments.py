@@ -124,7 +124,8 @@ SIZES = ["random.layers=1", "random.width=256", "random.ffn_width=512", "random.
 
 def test_overhead_of_every_way_is_measured(tmp_path):
     overrides = [
-        *SIZES, "random.vocab_size=70", "random.format=Q4_0", "adapters=[0, 1, 4]", "batch=4", "rank=2", "context=5", "steps=2", "repeats=3",
+        *SIZES, "random.vocab_size=70", "random.format=Q4_0", "adapters=[0, 1, 4]", "batch=4", "rank=2", "context=5",
+        "steps=2", "repeats=3",
     ]  # fmt: skip
     config = load_config(lora_overhead.LoraOverheadConfig, CONFIGS / "lora_overhead.toml", overrides)
     run = Run.create(config, "lora_overhead", root=tmp_path, name="a")
