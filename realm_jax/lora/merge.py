@@ -14,8 +14,7 @@ from jax import lax
 from realm_jax.errors import AdapterError
 from realm_jax.gguf.types import Field
 from realm_jax.kernels.delta import HIGHEST, Delta, dora_factor
-from realm_jax.lora.adapter import Adapter, Path, delta_paths, weight_of
-from realm_jax.lora.misfit import gguf_name
+from realm_jax.lora.adapter import Adapter, Path, delta_paths, target_specs
 from realm_jax.lora.stack import AdapterLike, One, deltas_for
 from realm_jax.model.model import Model
 from realm_jax.model.params import Weight, build_params, get_weight, tensor_specs
@@ -84,12 +83,13 @@ def unmerge(merged: Model, base: Model, adapter: AdapterLike) -> Model:
     changed = set(deltas_by_path(base, adapter))
     if base.params.output is None and ("embedding",) in changed:
         changed.add(("output",))  # merging gave the model a head of its own
+    here, there = target_specs(merged.config), target_specs(base.config)
     for path in changed:
-        here, there = (tuple(weight_of(model.params, path).shape) for model in (merged, base))
-        if here != there:
+        if path not in here or here[path].shape != there[path].shape:
+            has = f"has shape {here[path].shape}" if path in here else "is not there"
             raise AdapterError(
-                f"{base.origin.source}: tensor {gguf_name(path)} has shape {there}, and {here} in the merged model: "
-                "unmerge wants the base that the adapter was merged into"
+                f"{merged.origin.source}: tensor {there[path].name} {has}, and has shape {there[path].shape} in "
+                f"{base.origin.source}: unmerge wants the base that the adapter was merged into"
             )
     restored = with_weights(merged, {path: get_weight(base.params, path) for path in changed})
     fields = _restored_fields(merged.origin.fields, base.origin.fields)
