@@ -27,11 +27,12 @@ def command(config: Path, overrides: tuple[str, ...], name: str | None, runs: st
     """
     # On a GPU, scatter-adds and autotuned products differ from run to run unless told not to; XLA reads this once.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
-    from realm_jax.finetune import FinetuneConfig, finetune
+    from realm_jax.finetune import FinetuneConfig, prepare, train_in
 
     loaded = load_config(FinetuneConfig, config, overrides)
-    run = (Run.resume if resume else Run.create)(loaded, "finetune", root=runs, name=name)
-    results = finetune(loaded, run, config.parent)
+    with output.waiting("loading the model and the data"):
+        trainer = prepare(loaded, config.parent)  # before the run directory is made: a mistake leaves none behind
+    results = train_in((Run.resume if resume else Run.create)(loaded, "finetune", root=runs, name=name), trainer)
     click.echo(_summary(results), err=True)
     if as_json:
         output.print_json(results)

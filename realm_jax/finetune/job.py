@@ -18,7 +18,7 @@ from realm_jax.experiment.checkpoints import open_checkpoints, progress_bar
 from realm_jax.finetune.config import AdapterConfig, FinetuneConfig
 from realm_jax.finetune.data import find_path, load_data
 from realm_jax.finetune.memory import memory_report
-from realm_jax.finetune.train import Data, Trainer, run_steps
+from realm_jax.finetune.train import Trainer, run_steps
 from realm_jax.lora import Adapter, init_adapter
 from realm_jax.lora.files import load_adapter, save_adapter
 from realm_jax.model import load
@@ -26,24 +26,36 @@ from realm_jax.model.model import Model
 
 
 def finetune(config: FinetuneConfig, run: Run, folder: Path | None = None) -> dict[str, Any]:
-    """Trains an adapter as the config says; what results.json holds. Tells what it does on stderr.
+    """Trains an adapter as the config says: what results.json holds. See `prepare` and `train_in`."""
+    return train_in(run, prepare(config, folder))
 
-    run: the run directory; where it has checkpoints, training goes on from the newest, and ends with the same bytes as
-    a run that was not interrupted. folder: of the config file, see `FinetuneConfig`. Raises RealmError for a model,
-    data, or a starting adapter that cannot serve, or that is not what the run was begun with.
+
+def prepare(config: FinetuneConfig, folder: Path | None = None) -> Trainer:
+    """The model, the rows and the adapter of a config, ready to train: whatever is wrong with them shows here.
+
+    folder: of the config file, see `FinetuneConfig`. Raises RealmError for what cannot serve.
     """
-    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     model = load(find_path(config.model, folder) if config.model else None)
     data = load_data(model, config.data, config.seed, folder)
     adapter = start_adapter(model, config.adapter, config.seed, folder)
-    trainer = Trainer(model, data, config.training, adapter, config.seed)
-    _check_inputs(run, model, data, adapter)
-    for note in (f"{model!r}", *data.notes, f"{adapter!r}, {adapter.size:,} numbers to train"):
+    return Trainer(model, data, config.training, adapter, config.seed)
+
+
+def train_in(run: Run, trainer: Trainer) -> dict[str, Any]:
+    """Trains in a run directory: what results.json holds. Tells what it does on stderr.
+
+    Where the run has checkpoints, training goes on from the newest, and ends with the same bytes as a run that was not
+    interrupted. Raises RealmError where it was begun with another model, other data or another starting adapter.
+    """
+    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    _check_inputs(run, trainer)
+    adapter = trainer.start
+    for note in (f"{trainer.model!r}", *trainer.data.notes, f"{adapter!r}, {adapter.size:,} numbers to train"):
         console.print(note)
     compiled = trainer.compile()
     _train(trainer, run, console)
-    results = _results(trainer, run) | {"memory": memory_report(model.params, trainer.state, compiled)}
-    results["files"] = _save(trainer.adapter(), model, run, console)
+    results = _results(trainer, run) | {"memory": memory_report(trainer.model.params, trainer.state, compiled)}
+    results["files"] = _save(trainer.adapter(), trainer.model, run, console)
     _plot(run)
     run.save_json("results.json", results)
     return results
@@ -81,13 +93,13 @@ def _train(trainer: Trainer, run: Run, console: Console) -> None:
         run_steps(trainer, log=log, on_step=lambda step: progress.update(task, completed=step), checkpoints=checkpoints)
 
 
-def _check_inputs(run: Run, model: Model, data: Data, adapter: Adapter) -> None:
+def _check_inputs(run: Run, trainer: Trainer) -> None:
     """Keeps digests of what the run is made from; RealmError where it was begun with something else."""
-    rows = [x for x in (data.train, data.evaluation) if x is not None]
+    rows = [x for x in (trainer.data.train, trainer.data.evaluation) if x is not None]
     arrays = {
-        "base model": model.params,
+        "base model": trainer.model.params,
         "data": [(x.tokens_RT, x.learned_RT, x.first_RT) for x in rows],
-        "starting adapter": adapter.deltas,
+        "starting adapter": trainer.start.deltas,
     }
     digests = {name: _digest(tree) for name, tree in arrays.items()}
     path = run.folder / "inputs.json"

@@ -34,14 +34,17 @@ class TrainState:
 
 
 def init_state(deltas: Params, training: TrainingConfig) -> tuple[TrainState, Params]:
-    """The state before the first step, in arrays of its own, and the scales, which stay as they are."""
+    """The state before the first step, in arrays of its own, and what stays as it is: `Delta`s of scale and norms.
+
+    Of the norms that DoRA needs only those of the weights stay; the rest follow a and b (see `whole_deltas`).
+    """
 
     def own(x: jax.Array | None) -> jax.Array | None:
         return None if x is None else jnp.array(x, jnp.float32, copy=True)
 
     trained = map_deltas(lambda d: Delta(own(d.a), own(d.b), None, own(d.magnitude)), deltas)
-    scales = map_deltas(lambda d: jnp.asarray(d.scale, jnp.float32), deltas)
-    return TrainState(trained, make_optimizer(training).init(trained), jnp.zeros((), jnp.int32)), scales
+    fixed = map_deltas(lambda d: Delta(None, None, jnp.asarray(d.scale, jnp.float32), None, d.norms), deltas)
+    return TrainState(trained, make_optimizer(training).init(trained), jnp.zeros((), jnp.int32)), fixed
 
 
 def learning_rate(training: TrainingConfig, step: jax.Array | int) -> jax.Array:
@@ -72,12 +75,9 @@ def with_fixed(trained: Params, fixed: Params) -> Params:
 
 
 @jax.jit
-def whole_deltas(params: Params, trained: Params, scales: Params) -> Params:
+def whole_deltas(params: Params, trained: Params, fixed: Params) -> Params:
     """The deltas of a state, with the norms that DoRA needs."""
-    deltas = jax.tree.map(
-        lambda d, scale: d.replace(scale=scale), trained, scales, is_leaf=lambda node: isinstance(node, Delta)
-    )
-    return jax.lax.stop_gradient(refresh_norms(deltas, params))
+    return jax.lax.stop_gradient(refresh_norms(with_fixed(trained, fixed), params, same_weights=True))
 
 
 def summed_loss(params: Params, config: Config, deltas: Params | None, batch: Batch, training: TrainingConfig):
@@ -118,13 +118,13 @@ def summed_loss(params: Params, config: Config, deltas: Params | None, batch: Ba
 
 
 def gradients(
-    params: Params, config: Config, trained: Params, scales: Params, batch: Batch, training: TrainingConfig
+    params: Params, config: Config, trained: Params, fixed: Params, batch: Batch, training: TrainingConfig
 ) -> tuple[jax.Array, Params]:
     """Mean loss over the learned tokens of a batch (A, M, T + 1), and its gradient in `trained`.
 
     Both are sums over the parts, divided by the count of learned tokens in all of them.
     """
-    fixed = whole_deltas(params, trained, scales)
+    fixed = whole_deltas(params, trained, fixed)
 
     def part_loss(trained: Params, part: Batch) -> jax.Array:
         return summed_loss(params, config, with_fixed(trained, fixed), part, training)
@@ -143,10 +143,10 @@ def gradients(
 
 @functools.partial(jax.jit, static_argnames=("config", "training"), donate_argnames="state")
 def train_step(
-    params: Params, state: TrainState, scales: Params, batch: Batch, *, config: Config, training: TrainingConfig
+    params: Params, state: TrainState, fixed: Params, batch: Batch, *, config: Config, training: TrainingConfig
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step on a batch (A, M, T + 1): the new state, and loss, gradient norm before clipping, learning rate."""
-    loss, gradient = gradients(params, config, state.trained, scales, batch, training)
+    loss, gradient = gradients(params, config, state.trained, fixed, batch, training)
     updates, moments = make_optimizer(training).update(gradient, state.optimizer, state.trained)
     values = {
         "loss": loss,

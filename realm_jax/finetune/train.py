@@ -41,7 +41,7 @@ class Trainer:
             raise AdapterError(f"{adapter.source}: is {kind}, which cannot be trained; want one adapter")
         self.model, self.data = model, data
         self.training = training.with_steps(len(data.train))
-        self.state, self.scales = init_state(self.start.deltas, self.training)
+        self.state, self.fixed = init_state(self.start.deltas, self.training)
         self.step = 0
         self._order = Order(len(data.train), training.batch, jax.random.fold_in(jax.random.key(seed), 1))
         self._step: Callable[..., tuple[TrainState, dict[str, jax.Array]]] = train_step
@@ -56,7 +56,7 @@ class Trainer:
 
     def compile(self) -> Any:
         """Compiles the step ahead of the first; returns the compiled program, which knows the memory it takes."""
-        arguments = (self.model.params, self.state, self.scales, self.batch()[0])
+        arguments = (self.model.params, self.state, self.fixed, self.batch()[0])
         compiled = train_step.lower(*arguments, **self._static).compile()
         self._step, self._static = compiled, {}
         return compiled
@@ -64,7 +64,7 @@ class Trainer:
     def advance(self) -> dict[str, Any]:
         """One step; its loss, gradient norm and learning rate as arrays that may not be there yet, and its tokens."""
         batch, tokens = self.batch()
-        self.state, values = self._step(self.model.params, self.state, self.scales, batch, **self._static)
+        self.state, values = self._step(self.model.params, self.state, self.fixed, batch, **self._static)
         self.step += 1
         return values | {"tokens": tokens}
 
@@ -75,7 +75,7 @@ class Trainer:
 
     def adapter(self) -> Adapter:
         """The adapter as it is now, fitted to the model."""
-        return self.start.replace(deltas=whole_deltas(self.model.params, self.state.trained, self.scales))
+        return self.start.replace(deltas=whole_deltas(self.model.params, self.state.trained, self.fixed))
 
     def restore(self, checkpoints: "ocp.CheckpointManager") -> None:
         """Goes on from the newest checkpoint that can be read, if there is one."""

@@ -69,11 +69,11 @@ def add_embedding_deltas(y: jax.Array, tokens: jax.Array, deltas: Deltas) -> jax
     return total
 
 
-def dora_norms(w: Weight, delta: Delta, *, embedding: bool = False) -> jax.Array:
+def dora_norms(w: Weight, delta: Delta, *, embedding: bool = False, squared_N: jax.Array | None = None) -> jax.Array:
     """What the lengths of w + scale * b @ a follow from, float32 (3, N): |w|^2, w.(b a), |b a|^2 of each output row.
 
     The length is sqrt(n0 + 2 scale n1 + scale^2 n2), whatever the scale. Of packed weights only a product is taken, a
-    stripe at a time. embedding: of the columns of w (V, D), float32 (3, D), as PEFT has it.
+    stripe at a time. embedding: of the columns of w (V, D), float32 (3, D), as PEFT has it. squared_N: |w|^2, if known.
     """
     a_RK, b_NR = delta.a.astype(jnp.float32), delta.b.astype(jnp.float32)
     if embedding:
@@ -84,7 +84,8 @@ def dora_norms(w: Weight, delta: Delta, *, embedding: bool = False) -> jax.Array
     gram_RR = _dot(a_RK, a_RK.T)
     crossed_N = jnp.einsum("rn,nr->n", crossed_RN, b_NR, precision=HIGHEST)
     own_N = jnp.einsum("nr,nr->n", _dot(b_NR, gram_RR), b_NR, precision=HIGHEST)
-    return jnp.stack([squared_norms(w, columns=embedding), crossed_N, own_N])
+    squared_N = squared_norms(w, columns=embedding) if squared_N is None else squared_N
+    return jnp.stack([squared_N, crossed_N, own_N])
 
 
 def squared_norms(w: Weight, *, columns: bool = False) -> jax.Array:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from realm_jax.errors import AdapterError
 from realm_jax.gguf.types import shown
 from realm_jax.kernels.delta import Delta, dora_norms
+from realm_jax.kernels.residency import packed_until
 from realm_jax.lora.misfit import Path as Path
 from realm_jax.lora.misfit import misfit
 from realm_jax.lora.row_order import to_ggml_rows
@@ -195,20 +196,28 @@ def _in_place(adapter: Adapter, model: Model, path: Path, delta: Delta) -> Delta
     return with_norms(delta, weight_of(model.params, path), path)
 
 
-def with_norms(delta: Delta, weight: Any, path: Path) -> Delta:
+def with_norms(delta: Delta, weight: Any, path: Path, *, same_weight: bool = False) -> Delta:
     """The delta with its norms computed for this weight, where it has a magnitude; else as it is."""
     if delta.magnitude is None:
         return delta
-    return delta.replace(norms=jax.lax.stop_gradient(dora_norms(weight, delta, embedding=path == ("embedding",))))
+    squared_N = delta.norms[0] if same_weight else None
+    norms = dora_norms(weight, delta, embedding=path == ("embedding",), squared_N=squared_N)
+    return delta.replace(norms=jax.lax.stop_gradient(norms))
 
 
-def refresh_norms(deltas: Params, params: Params) -> Params:
-    """The tree with the norms of its DoRA deltas computed anew: after a, b or the weights have changed."""
-    fresh = {}
+def refresh_norms(deltas: Params, params: Params, *, same_weights: bool = False) -> Params:
+    """The tree with the norms of its DoRA deltas computed anew: after a, b or the weights have changed.
+
+    same_weights: the deltas have norms already, and only a and b have changed since.
+    """
+    fresh, previous = {}, None
     for path in delta_paths(len(deltas.layers)):
         delta = get_weight(deltas, path)
         if delta is not None:
-            fresh[path] = with_norms(delta, weight_of(params, path), path)
+            if previous is not None:  # one weight after another, so that they are not all dequantized at once
+                _, delta = packed_until(previous, delta)
+            fresh[path] = with_norms(delta, weight_of(params, path), path, same_weight=same_weights)
+            previous = fresh[path].norms
     return build_deltas(fresh, len(deltas.layers))
 
 
