@@ -93,13 +93,11 @@ def squared_norms(w: Weight, *, columns: bool = False) -> jax.Array:
     if not isinstance(w, QuantizedTensor):
         return jnp.sum(jnp.square(w.astype(jnp.float32)), 0 if columns else 1)
     rows = max(1, (1 << 20) // w.shape[1])
-    stripes = [
-        jnp.square(jax.tree.map(lambda plane, i=i: plane[i : i + rows], w).dequantize())
-        for i in range(0, w.shape[0], rows)
-    ]
-    if columns:
-        return sum(jnp.sum(stripe, 0) for stripe in stripes)
-    return jnp.concatenate([jnp.sum(stripe, 1) for stripe in stripes])
+    axis, sums = 0 if columns else 1, []
+    for i in range(0, w.shape[0], rows):  # one stripe after another: no two stand in float32 at once
+        part = jax.tree.map(lambda plane, i=i: plane[i : i + rows], w)
+        sums.append(jnp.sum(jnp.square(part.dequantize()), axis))
+    return sum(sums) if columns else jnp.concatenate(sums)
 
 
 def dora_factor(delta: Delta) -> jax.Array:
