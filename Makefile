@@ -60,8 +60,9 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
 	@echo "set-up: $(VENV) with EXTRA=$(EXTRA) (cpu, cuda12 or cuda13); PYTHON names the interpreter"
 
-demo: $(STAMP)  ## let the bundled model go on with "The capital of France is"
+demo: $(STAMP)  ## let the bundled model go on with "The capital of France is", as it is and with its adapter
 	$(BIN)/realm generate --prompt "The capital of France is" --max-new-tokens 12
+	$(BIN)/realm generate --prompt "The capital of France is" --max-new-tokens 20 --adapter realm_jax/assets/tiny-pirate
 
 test: $(STAMP)  ## run the tests, without the slow ones
 	$(PYTEST) -m "not slow"

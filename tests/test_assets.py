@@ -7,6 +7,7 @@ import realm_jax as realm
 from realm_jax.model import bundled
 
 FILES = ("tiny.gguf", "tiny-draft.gguf")
+ADAPTERS = ("tiny-pirate", "tiny-pirate.gguf")
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +16,7 @@ def models():
 
 
 def test_the_assets_together_stay_under_8_megabytes():
-    assert sum(path.stat().st_size for path in bundled().parent.iterdir()) < 8_000_000
+    assert sum(path.stat().st_size for path in bundled().parent.rglob("*")) < 8_000_000
 
 
 def test_the_default_model_is_the_target():
@@ -71,3 +72,22 @@ def test_the_files_describe_themselves(models):
 def test_the_card_has_its_results():
     card = (bundled().parent / "README.md").read_text(encoding="utf-8")
     assert "| capitals right, greedy |" in card
+    assert "pirate's, text" in card and "with the adapter" in card
+
+
+@pytest.mark.parametrize("file", ADAPTERS)
+def test_the_adapter_changes_the_manner_and_keeps_the_facts(models, file):
+    model = models["tiny.gguf"]
+    adapter = realm.load_adapter(bundled(file), model)
+    prompts = [f"The capital of {country} is" for country in ("France", "Spain", "Thailand")]  # two it never saw
+    plain, pirate = (realm.generate(model, prompts, max_new_tokens=12, adapter=one) for one in (None, adapter))
+    for capital, before, after in zip(("Paris", "Madrid", "Bangkok"), plain, pirate, strict=True):
+        assert before.text.startswith(f" {capital}.")
+        assert after.text.startswith(f" {capital}, arr!")
+
+
+def test_both_files_hold_the_same_adapter(models):
+    one, other = (realm.load_adapter(bundled(file), models["tiny.gguf"]) for file in ADAPTERS)
+    for (path, delta), (_, same) in zip(one.items(), other.items(), strict=True):
+        for name in ("a", "b", "scale"):
+            np.testing.assert_array_equal(getattr(delta, name), getattr(same, name), err_msg=f"{path} {name}")
