@@ -79,9 +79,9 @@ def test_the_card_has_its_results():
 def test_the_adapter_changes_the_manner_and_keeps_the_facts(models, file):
     model = models["tiny.gguf"]
     adapter = realm.load_adapter(bundled(file), model)
-    prompts = [f"The capital of {country} is" for country in ("France", "Spain", "Thailand")]  # two it never saw
+    prompts = [f"The capital of {country} is" for country in ("France", "Spain", "Poland")]  # two it never saw
     plain, pirate = (realm.generate(model, prompts, max_new_tokens=12, adapter=one) for one in (None, adapter))
-    for capital, before, after in zip(("Paris", "Madrid", "Bangkok"), plain, pirate, strict=True):
+    for capital, before, after in zip(("Paris", "Madrid", "Warsaw"), plain, pirate, strict=True):
         assert before.text.startswith(f" {capital}.")
         assert after.text.startswith(f" {capital}, arr!")
 
