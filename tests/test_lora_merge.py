@@ -95,7 +95,7 @@ def test_merged_rows_are_the_adapters_applied(format):
     dora = dora.replace(magnitude=jnp.asarray(rng.uniform(5, 20, 24), jnp.float32))
     deltas = (lora_delta, dora.replace(norms=dora_norms(w, dora)))
     _, plain, merged = merged_rows(w, deltas, 0, 24)
-    close(x @ merged.T, add_deltas(matmul(x, w), x, deltas))
+    close(np.asarray(x, np.float64) @ np.asarray(merged, np.float64).T, add_deltas(matmul(x, w), x, deltas))
     np.testing.assert_array_equal(plain, w.dequantize() if format in FORMATS else w.astype(jnp.float32))
     assert np.abs(merged - plain).max() > 0.1
 
