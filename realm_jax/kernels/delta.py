@@ -54,7 +54,8 @@ def add_deltas(y: jax.Array, x: jax.Array, deltas: Deltas) -> jax.Array:
     """
     total = y
     for delta in _listed(deltas):
-        part = _over_tokens(delta.scale[..., None], x.ndim) * _einsum("...k,rk->...r", x, delta.a)
+        own_x = lax.optimization_barrier(x)  # else XLA's GPU backend joins the products by w and by a into one
+        part = _over_tokens(delta.scale[..., None], x.ndim) * _einsum("...k,rk->...r", own_x, delta.a)
         total = _add(total, _scaled(delta, _einsum("...r,nr->...n", part.astype(x.dtype), delta.b), y))
     return total
 
@@ -108,7 +109,10 @@ def dora_factor(delta: Delta) -> jax.Array:
     scale = lax.stop_gradient(delta.scale).astype(jnp.float32)[..., None]
     squared = jnp.maximum(n0 + 2 * scale * n1 + scale * scale * n2, 0)
     length = jnp.sqrt(lax.stop_gradient(squared))
-    return jnp.where(length > 0, delta.magnitude / jnp.where(length > 0, length, 1), 0)
+    factor = jnp.where(length > 0, delta.magnitude / jnp.where(length > 0, length, 1), 0)
+    # Division on a GPU may be off by a bit, and a length that has not changed must change nothing.
+    unchanged = (delta.magnitude == length) & (length > 0)
+    return factor + lax.stop_gradient(jnp.where(unchanged, 1 - factor, 0))
 
 
 def _listed(deltas: Deltas) -> tuple[Delta, ...]:

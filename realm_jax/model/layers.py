@@ -29,7 +29,8 @@ def embed(w_VD: Weight, tokens_BT: jax.Array, deltas: Deltas = None) -> jax.Arra
 
 def linear(x: jax.Array, w: Weight, bias: jax.Array | None = None, deltas: Deltas = None) -> jax.Array:
     """x @ w.T with what its deltas add, + bias: x (..., K), w (N, K) in any format, bias (N,) or None."""
-    y = add_deltas(matmul(x, w), x, deltas)
+    # The barrier keeps what follows out of the product, so that its bits are the same with deltas and without.
+    y = add_deltas(jax.lax.optimization_barrier(matmul(x, w)), x, deltas)
     return y if bias is None else y + bias.astype(y.dtype)
 
 

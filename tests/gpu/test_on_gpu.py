@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lora_toys import random_adapter
 from test_model import TOKENS, nmse
 from test_quant_encode import ERRORS, SCRIPT, error_of, reference_bytes, samples
 from test_quant_formats import assert_same_bits, expected, random_blocks, random_weights
 
 import realm_jax as realm
-from realm_jax import quant
+from realm_jax import lora, quant
 from realm_jax.decode.loop import decode, init_state
 from realm_jax.decode.settings import Settings
 from realm_jax.kernels.matmul import matmul
@@ -76,3 +77,27 @@ def test_generate_says_what_it_says_on_the_cpu():
     assert [text.split("\n")[0].split(".")[0].strip() for text in texts] == ["Paris", "42", "E Q R A K"]
     alone = [realm.generate(realm.load(), prompt, max_new_tokens=6)[0].text for prompt in prompts]
     assert texts == alone
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_that_adds_zero_changes_no_bit(dora):
+    """XLA would join the products by a weight and by an adapter's a, which share x, into one of another order of sums."""
+    model, tokens = realm.load(), jnp.array([TOKENS], jnp.int32)
+    zero = lora.init_adapter(model, jax.random.key(0), targets=lora.TARGETS, dora=dora)
+    assert_same_bits(realm.forward(model, tokens, adapter=zero), realm.forward(model, tokens))
+
+
+def test_rows_with_different_adapters_give_what_each_gives_alone():
+    model = realm.load()
+    adapters = [None, random_adapter(model, 1), random_adapter(model, 2, rank=7, dora=True)]
+    tokens = jnp.array([TOKENS] * 3, jnp.int32)
+    mixed = realm.forward(model, tokens, adapter=lora.stack(adapters[1:], model), adapter_index=[0, 1, 2])
+    for row, adapter in zip(mixed, adapters, strict=True):
+        assert nmse(row, realm.forward(model, tokens[:1], adapter=adapter)[0]) < 1e-10
+
+
+def test_merged_into_float_is_the_adapter_applied():
+    model, tokens = realm.load(), jnp.array([TOKENS], jnp.int32)
+    adapter = random_adapter(model, 3, targets=lora.TARGETS)
+    merged = realm.merge(model, adapter, format="F32")
+    assert nmse(realm.forward(merged, tokens), realm.forward(model, tokens, adapter=adapter)) < 1e-10
