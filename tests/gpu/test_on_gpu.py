@@ -81,7 +81,7 @@ def test_generate_says_what_it_says_on_the_cpu():
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_an_adapter_that_adds_zero_changes_no_bit(dora):
-    """XLA would join the products by a weight and by an adapter's a, which share x, into one of another order of sums."""
+    """XLA would join the products by a weight and by an a, which share x, and add up in another order."""
     model, tokens = realm.load(), jnp.array([TOKENS], jnp.int32)
     zero = lora.init_adapter(model, jax.random.key(0), targets=lora.TARGETS, dora=dora)
     assert_same_bits(realm.forward(model, tokens, adapter=zero), realm.forward(model, tokens))
