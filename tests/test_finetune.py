@@ -38,7 +38,14 @@ def close(got, want, tolerance=1e-5):
 
 
 @pytest.mark.parametrize(
-    ("format", "dora"), [("Q4_K", False), ("Q6_K", False), ("Q8_0", False), ("IQ4_XS", False), ("Q4_K", True)]
+    ("format", "dora"),
+    [
+        ("Q8_0", False),
+        ("IQ4_XS", False),
+        ("Q4_K", True),
+        pytest.param("Q4_K", False, marks=pytest.mark.slow),
+        pytest.param("Q6_K", False, marks=pytest.mark.slow),
+    ],
 )
 def test_gradients_are_those_of_differences_and_of_dense_weights(format, dora):
     model = model_of(format)
@@ -130,7 +137,14 @@ def test_rematerialisation_changes_nothing_but_memory():
     assert temporary[0] < 0.5 * temporary[1]
 
 
-@pytest.mark.parametrize(("dtype", "dora"), [("float32", False), ("bfloat16", False), ("float32", True)])
+@pytest.mark.parametrize(
+    ("dtype", "dora"),
+    [
+        ("float32", True),
+        pytest.param("float32", False, marks=pytest.mark.slow),
+        pytest.param("bfloat16", False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_step_holds_no_dequantized_base(dtype, dora):
     model = model_of("Q8_0", layers=4)
     rows = toy_rows((9,) * 2, row_tokens=8, pack=False)

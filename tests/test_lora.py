@@ -50,8 +50,11 @@ def toy_delta(rng, N, K, R=3, dora=False, w=None):
     return delta.replace(norms=dora_norms(w, delta))
 
 
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("name", [*sorted(FORMATS), "float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "dora"),
+    [(name, True) for name in (*sorted(FORMATS), "float32", "bfloat16")]  # DoRA's takes in what LoRA's does
+    + [("Q8_0", False), ("float32", False)],
+)
 def test_a_delta_over_every_format_is_what_the_sum_of_both_gives(name, dora):
     rng = np.random.default_rng(1)
     N, K = 24, 512
@@ -153,10 +156,10 @@ def test_each_row_of_a_batch_gets_its_own_adapter(model, tokens, three):
 def test_mixed_adapters_generate_what_each_does_alone(model, three):
     stacked = lora.stack(three, model)
     rng = np.random.default_rng(4)
-    prompts = [rng.integers(1, 261, n).tolist() for n in (3, 9, 1, 5, 6, 2, 8)]
-    index = [1, 0, 3, 2, 2, 1, 0]
+    prompts = [rng.integers(1, 261, n).tolist() for n in (3, 9, 1, 5)]
+    index = [1, 0, 3, 2]
     mixed = realm.generate(
-        model, prompts, max_new_tokens=12, temperature=0.8, adapter=stacked, adapter_index=index, batch_size=4
+        model, prompts, max_new_tokens=12, temperature=0.8, adapter=stacked, adapter_index=index, batch_size=3
     )
     for i, (prompt, which) in enumerate(zip(prompts, index, strict=True)):
         adapter = None if which == 0 else three[which - 1]

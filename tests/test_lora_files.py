@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -218,7 +219,7 @@ def test_one_alpha_and_factors_give_every_scale(given_scales):
         got = float(acts) * scales.gguf_factor(alpha, scale, rank)
         assert math.isclose(got, scale, rel_tol=2.0**-21, abs_tol=1e-44)
     best = sum(scales.gguf_factor(alpha, scale, rank) == 1 for scale, rank in given_scales)
-    assert best >= 1 or not any(scale for scale, _ in given_scales)
+    assert best >= 1 or all(abs(scale) <= 1e-30 for scale, _ in given_scales)  # nearly nothing has no say
 
 
 @given(
@@ -629,7 +630,8 @@ def test_a_killed_process_leaves_a_whole_adapter(peft, tmp_path):
     """
     child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), peft], stdout=subprocess.PIPE)
     assert child.stdout.readline() == b"begin\n"
-    for _ in range(200):  # until it has begun to save, and then some
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:  # until it has saved a few, and then some
         delta = realm.load_adapter(peft).deltas.layers[0].attn.q
         if float(delta.scale) > 3:
             break
