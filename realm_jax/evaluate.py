@@ -23,6 +23,7 @@ from realm_jax.model.config import Config
 from realm_jax.model.model import Model
 from realm_jax.model.params import Params
 from realm_jax.model.transformer import run, unembed
+from realm_jax.model.vocabulary import check_same_vocabulary
 
 VALUES_AT_ONCE = 2**26  # 256 MiB of float32: about the most that a step gives to logits or to attention scores
 MIN_CONTEXT = 3  # the first half is at least one token, and one token must be left to predict
@@ -167,7 +168,7 @@ def score(
     if chunks_NT.size and not (chunks_NT.min() >= 0 and chunks_NT.max() < vocab_size):
         raise RequestError(f"the text has token ids outside the model's vocabulary of {vocab_size} tokens")
     if reference is not None:
-        check_same_vocabulary(model, reference)
+        check_same_vocabulary(model, reference, "reference model")
     batch = batch or default_batch(chunks_NT.shape[1], model.config)
     models = (model,) if reference is None else (model, reference)
     params, configs = tuple(m.params for m in models), tuple(m.config for m in models)
@@ -240,24 +241,6 @@ def kl_divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     """KL(p || q) in nats over the last axis, from log-probabilities; where p is 0 the term is 0."""
     p = jnp.exp(log_p)
     return jnp.sum(jnp.where(p > 0, p * (log_p - log_q), 0.0), axis=-1)
-
-
-def check_same_vocabulary(model: Model, reference: Model) -> None:
-    """Raises RequestError, saying how they differ, unless both models give every token id the same meaning."""
-    ours, theirs = model.config.vocab_size, reference.config.vocab_size
-    if ours != theirs:
-        raise RequestError(
-            f"the reference model has {theirs} tokens and the model {ours}: both must have the same vocabulary"
-        )
-    here, there = (m.origin.fields.get("tokenizer.ggml.tokens") for m in (model, reference))
-    if here is None or there is None:
-        return
-    for token, (mine, other) in enumerate(zip(here.value, there.value, strict=False)):
-        if mine != other:
-            raise RequestError(
-                f"token {token} is {other!r} in the reference model and {mine!r} in the model: "
-                "both must have the same vocabulary"
-            )
 
 
 def text_chunks(model: Model, text: str, context: int) -> np.ndarray:

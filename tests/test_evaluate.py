@@ -150,13 +150,15 @@ def test_another_vocabulary_is_refused(model, make_model_file, byte_vocabulary):
     swapped = [*tokens[:100], tokens[101], tokens[100], *tokens[102:]]
     other = realm.load(make_model_file("swapped.gguf", vocabulary=byte_vocabulary | {key: field(swapped)}))
     with pytest.raises(RequestError, match=r"token 100 is .* in the reference model"):
-        evaluate.check_same_vocabulary(model, other)
+        evaluate.check_same_vocabulary(model, other, "reference model")
     longer = byte_vocabulary | {
         key: field([*tokens, "<extra>"]),
         "tokenizer.ggml.token_type": field([3, 3] + [1] * (len(tokens) - 2) + [3]),
     }
     with pytest.raises(RequestError, match=f"has {len(tokens) + 1} tokens and the model {len(tokens)}"):
-        evaluate.check_same_vocabulary(model, realm.load(make_model_file("longer.gguf", vocabulary=longer)))
+        evaluate.check_same_vocabulary(
+            model, realm.load(make_model_file("longer.gguf", vocabulary=longer)), "reference model"
+        )
 
 
 def test_estimates():

@@ -1,5 +1,6 @@
 """`realm generate`: a prompt in, text out, as it comes; then what ran and how fast."""
 
+import dataclasses
 import itertools
 import sys
 import time
@@ -9,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from realm_jax.cli import output
-from realm_jax.cli.adapters import adapter_options, load_adapters
+from realm_jax.cli.adapters import adapter_options, load_adapters, parse_adapter
 from realm_jax.cli.options import common_options, file_argument, pre_option
 from realm_jax.cli.text import one_line, read_stdin, visible
 from realm_jax.errors import RequestError
 
 if TYPE_CHECKING:
-    from realm_jax.decode.completion import Completion
+    from realm_jax.decode.completion import Completion, Speculative
     from realm_jax.gguf.tokenizer import Tokenizer
     from realm_jax.model import Model
 
@@ -76,6 +77,21 @@ def _parse_bias(_context: click.Context, _parameter: click.Parameter, values: tu
 @click.option("--seed", metavar="S", type=click.IntRange(min=0, max=2**64 - 1), default=0, help="Seed of the draws.")
 @click.option(
     "--logprobs", metavar="N", type=click.IntRange(min=0), default=0, help="Report log-probabilities of N top tokens."
+)
+@click.option(
+    "--draft",
+    metavar="PATH|ngram|self:FORMAT",
+    help="Speculative decoding: what proposes tokens, of which MODEL keeps those that are right. A model of the same "
+    "vocabulary, what followed the last tokens before, or MODEL itself in a cheaper format (self:Q2_K; with only 3 of "
+    "its layers: self:Q2_K:3).",
+)
+@click.option("--draft-tokens", metavar="G", type=int, default=4, show_default=True, help="Tokens proposed a round.")
+@click.option("--draft-adaptive", is_flag=True, help="Propose fewer where fewer are accepted, at most G.")
+@click.option(
+    "--draft-adapter",
+    metavar="PATH[:SCALE]",
+    callback=lambda _context, _parameter, value: value and [parse_adapter(value)],
+    help="LoRA adapter of the draft model.",
 )
 @adapter_options
 @pre_option
@@ -148,7 +164,7 @@ def _as_json(model: "Model", completion: "Completion") -> dict[str, Any]:
         "prompt_tokens": completion.prompt_tokens,
         "tokens_per_second": stats.tokens_per_second,
         "stop_reason": completion.stop_reason,
-        "speculative": None,
+        "speculative": _speculative_json(stats.speculative),
         "prefill_seconds": stats.prefill_seconds,
         "decode_seconds": stats.decode_seconds,
         "compile_seconds": stats.compile_seconds,
@@ -168,6 +184,26 @@ def _as_json(model: "Model", completion: "Completion") -> dict[str, Any]:
             for entry in completion.logprobs
         ]
     return result
+
+
+def _speculative_json(ahead: "Speculative | None") -> dict[str, Any] | None:
+    if ahead is None:
+        return None
+    return dataclasses.asdict(ahead) | {"mean_accepted": ahead.mean_accepted, "forwards_saved": ahead.forwards_saved}
+
+
+def _speculative_text(ahead: "Speculative | None") -> str:
+    """What speculation did, in one line; empty for none."""
+    if ahead is None:
+        return ""
+    shares = ", ".join("-" if share is None else f"{share:.0%}" for share in ahead.by_position)
+    text = (
+        f"{ahead.draft}: {ahead.accepted} of {ahead.drafted} draft tokens accepted, {ahead.mean_accepted:.2f} a round "
+        f"({shares} by position); {ahead.rounds} target forward passes for {ahead.tokens} tokens"
+    )
+    if ahead.gave_up:
+        text += "; given up: at this acceptance the draft costs more than it saves"
+    return text
 
 
 def _logprob_table(tokenizer: "Tokenizer", completion: "Completion") -> Any:
@@ -191,6 +227,7 @@ def _summary(model: "Model", completion: "Completion", load_seconds: float, adap
         f"{stats.prefill_seconds:.2f} s for {completion.prompt_tokens} prompt tokens",
         "model": f"{model.origin.source}: {architecture}, {output.count_text(weights)} weights: {formats}",
         "adapter": ", ".join(f"{a['path']} (scale {a['scale']:g})" for a in adapters),
+        "draft": _speculative_text(stats.speculative),
         "ran on": f"{stats.device}, matmul: {stats.matmul}",
     }
     return "\n".join(one_line(f"  {name:9}{value}") for name, value in lines.items() if value)

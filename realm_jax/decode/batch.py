@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from realm_jax.compilation import compile_seconds
-from realm_jax.decode import buckets
-from realm_jax.decode.completion import Completion, Stats, TokenLogprob
+from realm_jax.decode import buckets, speculative
+from realm_jax.decode.completion import Completion, Speculative, Stats, TokenLogprob
+from realm_jax.decode.draft_models import PreparedDraft
 from realm_jax.decode.loop import DecodeState, LogprobBuffers, Stop, decode, init_state, prefill
 from realm_jax.decode.prompts import Request
 from realm_jax.decode.stop import RowText
@@ -77,49 +78,90 @@ def batch_deltas(
 
 
 def run_batch(
-    model: Model, requests: Sequence[Request], streams: bool = False, deltas: Params | None = None
+    model: Model,
+    requests: Sequence[Request],
+    streams: bool = False,
+    deltas: Params | None = None,
+    draft: PreparedDraft | None = None,
 ) -> Generator[tuple[int, str], None, list[Completion]]:
     """Decode `requests` together. Yields (index of the prompt, next piece of its text); returns the completions.
 
-    streams: pieces come as they are generated, not all at the end. deltas: of an adapter, from
-    `batch_deltas`. Raises RealmError if a row's logits are not finite.
+    streams: pieces come as they are generated, not all at the end. deltas: of an adapter, from `batch_deltas`. draft:
+    for speculative decoding, where a stretch counts rounds. Raises RealmError if a row's logits are not finite.
     """
     clock = _Clock()
     rows = [_Row(request, model) for request in requests]
-    state = _prefill(model, requests, deltas, clock)
+    device = _Device(model, deltas, draft)
+    device.prefill(requests, clock)
     stretch = 1 if streams else _stretch(rows)
     while any(row.reason is None for row in rows):
         started, compiled = time.perf_counter(), compile_seconds()
-        state = decode(model.params, model.config, state, stretch, deltas)
-        tokens_BS, length_B, stop_B = jax.device_get((state.tokens_BS, state.length_B, state.stop_B))
+        device.decode(stretch)
+        tokens_BS, length_B, stop_B = jax.device_get((device.rows.tokens_BS, device.rows.length_B, device.rows.stop_B))
         took = clock.add("decode", started, compiled)
         for b, row in enumerate(rows):
             if row.reason is None and (piece := row.advance(tokens_BS[b], length_B[b], stop_B[b])):
                 yield row.request.index, piece
-        state = _end_stopped(state, rows, stop_B)
+        device.end_stopped(rows, stop_B)
         stretch = _next_stretch(stretch, took) if streams else _stretch(rows)
-    return _completions(model, rows, state.logprobs, clock)
+    return _completions(model, rows, device, clock)
 
 
-def _prefill(model: Model, requests: Sequence[Request], deltas: Params | None, clock: _Clock) -> DecodeState:
-    """A fresh state, padded to buckets, with every prompt in its cache if there is something to generate."""
-    started, compiled = time.perf_counter(), compile_seconds()
-    prompt = max(len(r.tokens) for r in requests)
-    budget = max(r.settings.max_new_tokens for r in requests)
-    rows = buckets.power_of_two(len(requests))
-    state = init_state(
-        model.config,
-        [r.tokens for r in requests],
-        [r.settings for r in requests],
-        model.tokenizer.eog_ids if model.tokenizer else (),
-        rows=rows,
-        size=buckets.cache_bucket(min(prompt + budget, model.config.context_length)),
-    )
-    for chunk in buckets.prefill_chunks(prompt - 1, rows) if budget else ():
-        state = prefill(model.params, model.config, state, chunk, deltas)
-    state.cache.length_B.block_until_ready()
-    clock.add("prefill", started, compiled)
-    return state
+class _Device:
+    """The batch on the device: plain rows, or rows that a draft runs ahead of."""
+
+    def __init__(self, model: Model, deltas: Params | None, draft: PreparedDraft | None):
+        self._model, self._deltas, self.draft = model, deltas, draft
+        self.state: DecodeState | speculative.SpeculativeState | None = None
+
+    @property
+    def rows(self) -> DecodeState:
+        """The decoding state, without what speculation adds."""
+        return self.state if self.draft is None else self.state.decode
+
+    def prefill(self, requests: Sequence[Request], clock: _Clock) -> None:
+        """A fresh state, padded to buckets; if there is something to generate, with every prompt in all caches."""
+        model, started, compiled = self._model, time.perf_counter(), compile_seconds()
+        prompt = max(len(r.tokens) for r in requests)
+        budget = max(r.settings.max_new_tokens for r in requests)
+        rows = buckets.power_of_two(len(requests))
+        state = init_state(
+            model.config,
+            [r.tokens for r in requests],
+            [r.settings for r in requests],
+            model.tokenizer.eog_ids if model.tokenizer else (),
+            rows=rows,
+            size=buckets.cache_bucket(min(prompt + budget, model.config.context_length)),
+        )
+        chunks = buckets.prefill_chunks(prompt - 1, rows) if budget else []
+        for chunk in chunks:
+            state = prefill(model.params, model.config, state, chunk, self._deltas)
+        self.state = state
+        if self.draft is not None:
+            self.state = speculative.begin(state, self.draft.draft)
+            for chunk in chunks:
+                self.state = speculative.prefill_draft(self.draft.draft, self.state, chunk)
+        self.rows.cache.length_B.block_until_ready()
+        clock.add("prefill", started, compiled)
+
+    def decode(self, stretch: int) -> None:
+        """So many steps, or rounds."""
+        model = self._model
+        if self.draft is None:
+            self.state = decode(model.params, model.config, self.state, stretch, self._deltas)
+        else:
+            draft = self.draft.draft
+            self.state = speculative.decode(model.params, model.config, draft, self.state, stretch, self._deltas)
+
+    def end_stopped(self, rows: Sequence[_Row], stop_B: np.ndarray) -> None:
+        """Tell the device of rows that a stop string has ended."""
+        ended = [b for b, row in enumerate(rows) if row.reason is Stop.STOP and stop_B[b] == Stop.RUNNING]
+        if not ended:
+            return
+        stop_B = stop_B.copy()
+        stop_B[ended] = Stop.STOP
+        after = self.rows.replace(stop_B=jnp.array(stop_B))
+        self.state = after if self.draft is None else self.state.replace(decode=after)
 
 
 def _stretch(rows: Sequence[_Row]) -> int:
@@ -132,23 +174,17 @@ def _next_stretch(stretch: int, seconds: float) -> int:
     return max(1, min(STRETCH, 2 * stretch, int(stretch * STREAM_SECONDS / seconds)))
 
 
-def _end_stopped(state: DecodeState, rows: Sequence[_Row], stop_B: np.ndarray) -> DecodeState:
-    """Tell the device of rows that a stop string has ended."""
-    ended = [b for b, row in enumerate(rows) if row.reason is Stop.STOP and stop_B[b] == Stop.RUNNING]
-    if not ended:
-        return state
-    stop_B = stop_B.copy()
-    stop_B[ended] = Stop.STOP
-    return state.replace(stop_B=jnp.array(stop_B))
-
-
-def _completions(model: Model, rows: Sequence[_Row], buffers: LogprobBuffers | None, clock: _Clock) -> list[Completion]:
-    buffers = jax.device_get(buffers)
-    return [_completion(model, rows, b, buffers, clock) for b in range(len(rows))]
+def _completions(model: Model, rows: Sequence[_Row], device: _Device, clock: _Clock) -> list[Completion]:
+    buffers = jax.device_get(device.rows.logprobs)
+    ahead = [None] * len(rows)
+    if device.draft is not None:
+        tally, propose_B = jax.device_get((device.state.tally, device.state.propose_B))
+        ahead = [_speculative(device.draft.name, tally, b, propose_B[b] == 0) for b in range(len(rows))]
+    return [_completion(model, rows, b, buffers, clock, ahead[b]) for b in range(len(rows))]
 
 
 def _completion(
-    model: Model, rows: Sequence[_Row], b: int, buffers: LogprobBuffers | None, clock: _Clock
+    model: Model, rows: Sequence[_Row], b: int, buffers: LogprobBuffers | None, clock: _Clock, ahead: Speculative | None
 ) -> Completion:
     row, tokens, prompt_tokens = rows[b], rows[b].text.tokens, len(rows[b].request.tokens)
     if row.reason is Stop.FAILED:
@@ -162,9 +198,25 @@ def _completion(
         rows=len(rows),
         device=next(iter(jax.tree.leaves(model.params)[0].devices())).device_kind,
         matmul=_matmul(model, len(rows)),
+        speculative=ahead,
     )
     logprobs = None if buffers is None else _logprobs(buffers, b, prompt_tokens, tokens)
     return Completion(row.text.text, tokens, prompt_tokens, row.reason.name.lower(), stats, logprobs)
+
+
+def _speculative(draft: str, tally: speculative.Tally, b: int, gave_up: bool) -> Speculative:
+    accepted, judged = tally.accepted_BG[b].tolist(), tally.reached_BG[b].tolist()
+    return Speculative(
+        draft=draft,
+        rounds=int(tally.rounds_B[b]),
+        tokens=int(tally.tokens_B[b]),
+        drafted=int(tally.drafted_BG[b].sum()),
+        accepted=sum(accepted),
+        by_position=tuple(yes / of if of else None for yes, of in zip(accepted, judged, strict=True)),
+        judged=tuple(judged),
+        histogram=tuple(tally.histogram_BJ[b].tolist()),
+        gave_up=bool(gave_up),
+    )
 
 
 def _logprobs(buffers: LogprobBuffers, b: int, start: int, tokens: list[int]) -> list[TokenLogprob]:

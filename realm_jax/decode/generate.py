@@ -7,7 +7,8 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
 from realm_jax.decode.batch import batch_deltas, run_batch
 from realm_jax.decode.completion import Completion
-from realm_jax.decode.prompts import Prompt, make_requests
+from realm_jax.decode.draft_models import DraftLike, PreparedDraft, prepare_draft
+from realm_jax.decode.prompts import Prompt, Request, make_requests
 from realm_jax.decode.settings import Settings
 from realm_jax.errors import RequestError
 from realm_jax.lora.stack import AdapterLike
@@ -32,6 +33,10 @@ def generate(
     logprobs: int = 0,
     adapter: AdapterLike | None = None,
     adapter_index: Sequence[int] | None = None,
+    draft: DraftLike | None = None,
+    draft_tokens: int = 4,
+    draft_adaptive: bool = False,
+    draft_adapter: AdapterLike | None = None,
     add_special: bool = True,
     parse_special: bool = False,
     on_text: Callable[[int, str], None] | None = None,
@@ -42,7 +47,10 @@ def generate(
     prompts: a string or a list of token ids, or a list of these. max_new_tokens to logprobs: see `Settings`. Prompt i
     has seed `seed + i`: its tokens are those of a call with it alone and that seed. adapter: one, or several that act
     together (see `lora.stack.AdapterLike`), for all prompts; or a stack of them (`lora.stack`), of which prompt i takes
-    the entry `adapter_index[i]`, 0 = none. add_special, parse_special: for
+    the entry `adapter_index[i]`, 0 = none. draft: for speculative decoding: a model of the same vocabulary, the path of
+    one, "ngram", or "self:FORMAT" (see `draft_models.DraftLike`), which proposes up to draft_tokens tokens a round, by
+    rows' acceptance fewer or none if draft_adaptive; the tokens are distributed as without, and greedy ones the same.
+    add_special, parse_special: for
     prompts that are strings, as in `Tokenizer.encode`. on_text: called with a prompt's index and each new piece of
     its text as it comes. batch_size: how many prompts run together at most; the cache
     takes memory for each.
@@ -71,12 +79,13 @@ def generate(
     if adapter_index is not None and len(adapter_index) != len(requests):
         raise RequestError(f"adapter_index has {len(adapter_index)} entries for {len(requests)} prompts: give one each")
     deltas = batch_deltas(model, adapter, None, batch_size) if adapter_index is None else None
+    ahead = _draft(model, requests, draft, draft_tokens, draft_adaptive, draft_adapter)
     completions: list[Completion] = []
     for first in range(0, len(requests), batch_size):
         batch = requests[first : first + batch_size]
         if adapter_index is not None:
             deltas = batch_deltas(model, adapter, adapter_index[first : first + batch_size], len(batch))
-        pieces = run_batch(model, batch, on_text is not None, deltas)
+        pieces = run_batch(model, batch, on_text is not None, deltas, ahead)
         completions += _drain(pieces, on_text)
     return completions
 
@@ -105,6 +114,10 @@ def stream(
     prompt: Prompt,
     *,
     adapter: AdapterLike | None = None,
+    draft: DraftLike | None = None,
+    draft_tokens: int = 4,
+    draft_adaptive: bool = False,
+    draft_adapter: AdapterLike | None = None,
     add_special: bool = True,
     parse_special: bool = False,
     **settings,
@@ -116,7 +129,32 @@ def stream(
     requests = make_requests(
         model, [prompt], Settings(**settings), add_special=add_special, parse_special=parse_special
     )
-    return TextStream(run_batch(model, requests, True, batch_deltas(model, adapter, None, 1)))
+    ahead = _draft(model, requests, draft, draft_tokens, draft_adaptive, draft_adapter)
+    return TextStream(run_batch(model, requests, True, batch_deltas(model, adapter, None, 1), ahead))
+
+
+def _draft(
+    model: Model,
+    requests: Sequence[Request],
+    draft: DraftLike | None,
+    tokens: int,
+    adaptive: bool,
+    adapter: AdapterLike | None,
+) -> PreparedDraft | None:
+    """The draft, checked against the model and the requests that it is to run ahead of."""
+    if draft is None:
+        if adapter is not None:
+            raise RequestError("draft_adapter is for a draft, and none was given")
+        return None
+    prepared = prepare_draft(model, draft, tokens, adaptive=adaptive, adapter=adapter)
+    for request in requests if prepared.context_length is not None else ():
+        needed = min(len(request.tokens) + request.settings.max_new_tokens, model.config.context_length)
+        if needed > prepared.context_length:
+            raise RequestError(
+                f"prompt {request.index} and its new tokens are {needed} tokens; the draft {prepared.name} is made for "
+                f"{prepared.context_length}: give fewer, or another draft"
+            )
+    return prepared
 
 
 def _drain(

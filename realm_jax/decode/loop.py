@@ -128,13 +128,14 @@ def _append(state: DecodeState, ready_B: jax.Array, token_B: jax.Array, logits_B
         tokens_BS=state.tokens_BS.at[at].set(token_B, mode="drop"),
         length_B=length_B,
         stop_B=jnp.where(ready_B, reason_B, state.stop_B),
-        logprobs=_record(state.logprobs, at, token_B, logits_BV),
+        logprobs=record(state.logprobs, at, token_B, logits_BV),
     )
 
 
-def _record(
+def record(
     buffers: LogprobBuffers | None, at: tuple[jax.Array, jax.Array], token_B: jax.Array, logits_BV: jax.Array
 ) -> LogprobBuffers | None:
+    """The buffers with the log-probabilities of one token a row at its place `at`."""
     if buffers is None:
         return None
     chosen_B, ids_BN, top_BN = sampling.token_logprobs(logits_BV, token_B, buffers.top_BSN.shape[-1])
@@ -152,11 +153,11 @@ def prefill(
     pending one. The cache's buffers are reused: the state passed in is gone afterwards.
     """
     left_B = jnp.where(state.stop_B == Stop.RUNNING, state.length_B - 1 - state.cache.length_B, 0)
-    return state.replace(cache=_fill_cache(params, config, state.cache, state.tokens_BS, left_B, chunk, deltas))
+    return state.replace(cache=fill_cache(params, config, state.cache, state.tokens_BS, left_B, chunk, deltas))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "chunk"), donate_argnames="cache")
-def _fill_cache(
+def fill_cache(
     params: Params,
     config: Config,
     cache: KVCache,
