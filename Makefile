@@ -60,9 +60,10 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
 	@echo "set-up: $(VENV) with EXTRA=$(EXTRA) (cpu, cuda12 or cuda13); PYTHON names the interpreter"
 
-demo: $(STAMP)  ## let the bundled model go on with "The capital of France is", as it is and with its adapter
-	$(BIN)/realm generate --prompt "The capital of France is" --max-new-tokens 12
-	$(BIN)/realm generate --prompt "The capital of France is" --max-new-tokens 20 --adapter realm_jax/assets/tiny-pirate
+demo: $(STAMP)  ## let the bundled model go on with "The capital of France is": as it is, with a draft, with its adapter
+	$(BIN)/realm generate --prompt "The capital of France is" --max-new-tokens 24
+	$(BIN)/realm generate --prompt "The capital of France is" --max-new-tokens 24 --draft realm_jax/assets/tiny-draft.gguf
+	$(BIN)/realm generate --prompt "The capital of France is" --max-new-tokens 24 --adapter realm_jax/assets/tiny-pirate
 
 test: $(STAMP)  ## run the tests, without the slow ones
 	$(PYTEST) -m "not slow"

@@ -75,10 +75,9 @@ def test_the_card_has_its_results():
     assert "pirate's, text" in card and "with the adapter" in card
 
 
-@pytest.mark.parametrize("file", ADAPTERS)
-def test_the_adapter_changes_the_manner_and_keeps_the_facts(models, file):
+def test_the_adapter_changes_the_manner_and_keeps_the_facts(models):
     model = models["tiny.gguf"]
-    adapter = realm.load_adapter(bundled(file), model)
+    adapter = realm.load_adapter(bundled("tiny-pirate"), model)
     prompts = [f"The capital of {country} is" for country in ("France", "Spain", "Poland")]  # two it never saw
     plain, pirate = (realm.generate(model, prompts, max_new_tokens=12, adapter=one) for one in (None, adapter))
     for capital, before, after in zip(("Paris", "Madrid", "Warsaw"), plain, pirate, strict=True):

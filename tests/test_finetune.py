@@ -40,9 +40,9 @@ def close(got, want, tolerance=1e-5):
 @pytest.mark.parametrize(
     ("format", "dora"),
     [
-        ("Q8_0", False),
         ("IQ4_XS", False),
         ("Q4_K", True),
+        pytest.param("Q8_0", False, marks=pytest.mark.slow),
         pytest.param("Q4_K", False, marks=pytest.mark.slow),
         pytest.param("Q6_K", False, marks=pytest.mark.slow),
     ],
@@ -81,7 +81,7 @@ def test_gradients_are_those_of_differences_and_of_dense_weights(format, dora):
 
 
 def test_only_the_adapter_has_a_gradient():
-    model = model_of("Q4_K")
+    model = model_of("Q8_0")
     adapter = lora.init_adapter(model, jax.random.key(0), rank=4, targets=("q", "down"))
     _, gradient = loss_and_gradient(model, adapter, toy_rows())
     found = [(path, delta) for path, delta in adapter.replace(deltas=gradient).items()]
@@ -92,7 +92,7 @@ def test_only_the_adapter_has_a_gradient():
 
 
 def test_packed_documents_are_as_if_each_had_a_row():
-    model = model_of("Q4_K", layers=2)
+    model = model_of("Q8_0", layers=2)
     adapter = random_adapter(model, seed=2)
     examples = toy_examples((9, 5, 12, 3, 17))
     packed, apart = (make_rows(examples, 16, pack=pack) for pack in (True, False))
@@ -117,7 +117,7 @@ def test_positions_begin_anew_with_each_document(monkeypatch):
 
 
 def test_parts_of_a_batch_add_up_to_the_batch():
-    model = model_of("Q4_K")
+    model = model_of("Q8_0")
     adapter = random_adapter(model, seed=3)
     rows = toy_rows((9, 16, 12, 15), pack=False)  # unequal counts of learned tokens
     whole, parts = (loss_and_gradient(model, adapter, rows, parts=parts) for parts in (1, 4))
@@ -186,7 +186,7 @@ def test_mean_loss_is_that_of_the_logits(adapted):
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_training_lowers_the_loss_and_leaves_what_it_was_given(dora):
-    model, rows = model_of("Q4_K"), toy_rows((9, 5, 12, 3, 17))
+    model, rows = model_of("Q8_0"), toy_rows((9, 5, 12, 3, 17))
     start = lora.init_adapter(model, jax.random.key(0), rank=4, dora=dora)
     kept = jax.tree.map(np.array, start)
     lines = []
@@ -204,7 +204,7 @@ def test_training_lowers_the_loss_and_leaves_what_it_was_given(dora):
 
 
 def test_equal_seeds_give_equal_bits_and_others_another_order():
-    model, data = model_of("Q4_K"), Data(toy_rows((9, 5, 12, 3, 17, 11, 8), pack=False))
+    model, data = model_of("Q8_0"), Data(toy_rows((9, 5, 12, 3, 17, 11, 8), pack=False))
     start = lora.init_adapter(model, jax.random.key(0), rank=4)
     one, again, other = (train(model, data, SHORT, adapter=start, seed=seed) for seed in (1, 1, 2))
     jax.tree.map(np.testing.assert_array_equal, one, again)
@@ -215,7 +215,7 @@ def test_equal_seeds_give_equal_bits_and_others_another_order():
     "optimizer", ["adamw", pytest.param("lion", marks=pytest.mark.slow), pytest.param("sgd", marks=pytest.mark.slow)]
 )
 def test_bfloat16_activations_train_as_well(optimizer):
-    model, rows = model_of("Q4_K"), toy_rows((9, 5, 12, 3, 17))
+    model, rows = model_of("Q8_0"), toy_rows((9, 5, 12, 3, 17))
     rate = {"adamw": 3e-3, "lion": 1e-3, "sgd": 0.3}[optimizer]
     losses = {}
     for dtype in ("float32", "bfloat16"):

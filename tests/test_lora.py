@@ -88,8 +88,10 @@ def test_an_embedding_is_looked_up_with_its_delta(name):
     close(add_embedding_deltas(rows[ids], ids, delta), changed_weight(w, delta, columns=True)[np.asarray(ids)], 2e-6)
 
 
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("targets", [LINEAR, ("embedding",), ("output",), lora.TARGETS])
+@pytest.mark.parametrize(
+    ("targets", "dora"),
+    [(LINEAR, True), (("embedding",), True), (("output",), True), (lora.TARGETS, False), (lora.TARGETS, True)],
+)
 def test_a_model_with_an_adapter_is_the_model_with_its_weights_changed(model, tokens, targets, dora):
     adapter = random_adapter(model, targets=targets, dora=dora)
     with_adapter = realm.forward(model, tokens, adapter=adapter)
@@ -162,9 +164,12 @@ def test_mixed_adapters_generate_what_each_does_alone(model, three):
         model, prompts, max_new_tokens=12, temperature=0.8, adapter=stacked, adapter_index=index, batch_size=3
     )
     for i, (prompt, which) in enumerate(zip(prompts, index, strict=True)):
-        adapter = None if which == 0 else three[which - 1]
-        [alone] = realm.generate(model, prompt, max_new_tokens=12, temperature=0.8, seed=i, adapter=adapter)
+        [alone] = realm.generate(
+            model, prompt, max_new_tokens=12, temperature=0.8, seed=i, adapter=stacked, adapter_index=[which]
+        )
         assert mixed[i].tokens == alone.tokens
+    [unstacked] = realm.generate(model, prompts[3], max_new_tokens=12, temperature=0.8, seed=3, adapter=three[1])
+    assert mixed[3].tokens == unstacked.tokens
 
 
 def test_vmap_over_adapters(model, tokens, three):

@@ -81,7 +81,16 @@ def raw(weight) -> bytes:
     return raw_bytes(weight)[1].tobytes()
 
 
-@pytest.mark.parametrize("format", [*FORMATS, "F32", "F16", "BF16"])
+QUICK = ("Q4_0", "Q8_0", "Q4_K", "IQ2_XS", "TQ1_0", "MXFP4", "F16")
+
+
+@pytest.mark.parametrize(
+    "format",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in (*FORMATS, "F32", "F16", "BF16")
+    ],
+)
 def test_merged_rows_are_the_adapters_applied(format):
     """A product by them is one by weights of any format with LoRA and DoRA beside it."""
     rng = np.random.default_rng(0)
@@ -100,7 +109,7 @@ def test_merged_rows_are_the_adapters_applied(format):
     assert np.abs(merged - plain).max() > 0.1
 
 
-@pytest.mark.parametrize("format", ["Q4_K", "IQ2_XS", "F16"])
+@pytest.mark.parametrize("format", [pytest.param("Q4_K", marks=pytest.mark.slow), "IQ2_XS", "F16"])
 def test_merged_into_float_is_the_adapter_applied(format):
     """In a whole model, all weights at once, with LoRA and DoRA acting together."""
     model = toy_model(format)
