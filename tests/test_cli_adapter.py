@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 from lora_toys import random_adapter
@@ -125,12 +124,11 @@ def test_drafts_that_cannot_serve(cli, model_file, make_model_file):
     assert "the draft has 1024 tokens and the model 261" in error(cli(*args, "--draft", bundled))
 
 
-def test_adapters_on_target_and_draft(cli, model, model_file, files):
-    args = ["generate", model_file, "--prompt", PROMPT, "--max-new-tokens", 9, "--adapter", files / "peft", "--json"]
+def test_adapters_on_target_and_draft(cli, model_file, files):
+    args = ["generate", model_file, "--prompt", PROMPT, "--max-new-tokens", 9, "--json"]
+    bare = json.loads(cli(*args)[1])
+    args += ["--adapter", files / "peft"]
     plain = json.loads(cli(*args)[1])
     both = json.loads(cli(*args, "--draft", model_file, "--draft-adapter", files / "peft")[1])
-    assert (
-        both["tokens"] == plain["tokens"]
-        and both["speculative"]["accepted"] == both["speculative"]["judged"][0] * 0 + 7
-    )
-    assert jax.default_backend() in ("cpu", "gpu")
+    assert both["tokens"] == plain["tokens"] != bare["tokens"]
+    assert both["speculative"]["accepted"] == both["speculative"]["drafted"] > 0  # draft and target are one
