@@ -96,7 +96,7 @@ class Cell(NamedTuple):
 
     def seed(self, seed: int) -> int:
         """Of its own, so that no two cells share random numbers, and their statistics are independent."""
-        return zlib.crc32(f"{seed} {self.draft} {self.length} {self.temperature}".encode())
+        return zlib.crc32(f"{seed} {Path(self.draft).name} {self.length} {self.temperature}".encode())
 
 
 def main(config: SpeculativeSweepConfig, run: Run) -> None:
