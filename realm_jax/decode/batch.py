@@ -18,6 +18,7 @@ from realm_jax.decode.draft_models import PreparedDraft
 from realm_jax.decode.loop import DecodeState, LogprobBuffers, Stop, decode, init_state, prefill
 from realm_jax.decode.prompts import Request
 from realm_jax.decode.stop import RowText
+from realm_jax.decode.tally import Tally
 from realm_jax.errors import RealmError
 from realm_jax.kernels.matmul import choose_impl
 from realm_jax.lora.stack import AdapterLike, deltas_for
@@ -204,7 +205,7 @@ def _completion(
     return Completion(row.text.text, tokens, prompt_tokens, row.reason.name.lower(), stats, logprobs)
 
 
-def _speculative(draft: str, tally: speculative.Tally, b: int, gave_up: bool) -> Speculative:
+def _speculative(draft: str, tally: Tally, b: int, gave_up: bool) -> Speculative:
     accepted, judged = tally.accepted_BG[b].tolist(), tally.reached_BG[b].tolist()
     return Speculative(
         draft=draft,
