@@ -14,9 +14,9 @@ from realm_jax.errors import RequestError
 def expected_tokens(a: jax.Array | float, g: jax.Array | int) -> jax.Array:
     """Tokens a round gives on average: 1 + a + ... + a^g = (1 - a^(g + 1)) / (1 - a)."""
     a = jnp.clip(jnp.asarray(a, jnp.float32), 0.0, 1.0)
-    near_1 = a > 1 - 1e-6
-    safe = jnp.where(near_1, 0.5, a)
-    return jnp.where(near_1, g + 1.0, (1 - safe ** (g + 1.0)) / (1 - safe))
+    safe = jnp.where(a == 1, 0.5, a)
+    many = -jnp.expm1((g + 1.0) * jnp.log1p(safe - 1)) / (1 - safe)  # 1 - a^(g + 1) would lose its digits near a = 1
+    return jnp.where(a == 1, g + 1.0, many)
 
 
 def expected_speedup(a: jax.Array | float, g: jax.Array | int, c: jax.Array | float) -> jax.Array:
