@@ -59,6 +59,17 @@ def random_model(seed: int = 0, tokenizer: bool = True) -> Model:
     return Model(params, config, ToyTokenizer(pieces) if tokenizer else None, Origin("toy", {}))
 
 
+def noisy(model: Model, size: float, seed: int = 5) -> Model:
+    """A model much like another: noise of this size, relative to their spread, on all matrices."""
+    leaves, tree = jax.tree.flatten(model.params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    leaves = [
+        x + size * jnp.std(x) * jax.random.normal(key, x.shape) if x.ndim == 2 else x
+        for x, key in zip(leaves, keys, strict=True)
+    ]
+    return model.replace(params=jax.tree.unflatten(tree, leaves))
+
+
 def scripted_model(pieces: Sequence[bytes | str]) -> Model:
     """A transformer that says piece i + 1 after piece i and ends after the last: token i is piece i.
 
