@@ -183,10 +183,11 @@ def plot_acceptance(path: Path, summary: list[Line]) -> Path:
                     above.errorbar([i + 1 for i in places], shares, errors, fmt="o-", color=f"C{color}", capsize=2)
             lengths, shares = ([found[key] for found in own] for key in ("length", "acceptance"))
             errors = [binomial_error(sum(found["accepted"]), sum(found["judged"])) for found in own]
-            below.errorbar(lengths, shares, errors, fmt="o", color=f"C{color}", capsize=2, label=f"{draft}, measured")
+            below.errorbar(lengths, shares, errors, fmt="o", color=f"C{color}", capsize=2, label=draft)
             expected = [found["expected_acceptance"] for found in own]
-            below.plot(lengths, expected, "-", color=f"C{color}", linewidth=1, label="mean of sum min(p, q)")
+            below.plot(lengths, expected, "-", color=f"C{color}", linewidth=1)
         above.set(title=f"temperature {temperature:g}", xlabel=f"position in a draft of {longest}", ylim=(0, 1.05))
+        below.plot([], [], "-", color="grey", linewidth=1, label="mean of sum min(p, q)")
         below.set(xlabel="draft length")
     for axes, text in zip(grid[:, 0], ("accepted, if reached", "accepted, all positions"), strict=True):
         axes.set_ylabel(text)
@@ -206,11 +207,11 @@ def plot_speed(path: Path, summary: list[Line]) -> Path:
             above.plot(lengths, [found["tokens_a_round"] for found in own], "o", color=f"C{color}")
             above.plot(lengths, [found["expected_tokens"] for found in own], "-", color=f"C{color}", linewidth=1)
             low, middle, high = np.array([found["speedup"] for found in own]).reshape(-1, 3).T
-            label = f"{draft}, measured"
             bars = [middle - low, high - middle]
-            below.errorbar(lengths, middle, bars, fmt="o", color=f"C{color}", capsize=2, label=label)
+            below.errorbar(lengths, middle, bars, fmt="o", color=f"C{color}", capsize=2, label=draft)
             theory = [found["expected_speedup"] for found in own]
-            below.plot(lengths, theory, "-", color=f"C{color}", linewidth=1, label="theory, with its c")
+            below.plot(lengths, theory, "-", color=f"C{color}", linewidth=1)
+        below.plot([], [], "-", color="grey", linewidth=1, label="theory")
         below.axhline(1, color="black", linewidth=1, linestyle=":", label="break-even")
         above.set_title(f"temperature {temperature:g}")
         below.set_xlabel("draft length")

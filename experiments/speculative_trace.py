@@ -28,7 +28,10 @@ from realm_jax.model import Config, Model, Params, run, unembed
 
 
 class Round(NamedTuple):
-    """start: length of the row before the round. drafted, judged, accepted: draft tokens. tokens: that the row got."""
+    """start: length of the row before the round. drafted, judged, accepted: draft tokens.
+
+    tokens: what the target's forward pass gave, one that ended the row included.
+    """
 
     start: int
     drafted: int
@@ -49,14 +52,14 @@ def trace(model: Model, draft: Draft, request: Request) -> tuple[list[int], list
     state = begin(rows, draft)
     for chunk in chunks:
         state = prefill_draft(draft, state, chunk)
-    length, counted, rounds = len(prompt), np.zeros(3, int), []
+    length, counted, rounds = len(prompt), np.zeros(4, int), []
     while bool(state.decode.ready_B[0]):
         state = decode(model.params, model.config, draft, state, 1, None)
         tally = jax.device_get(state.tally)
-        counts = np.array([x[0].sum() for x in (tally.drafted_BG, tally.reached_BG, tally.accepted_BG)])
-        after = int(state.decode.length_B[0])
-        rounds.append(Round(length, *(counts - counted).tolist(), after - length))
-        length, counted = after, counts
+        sums = (tally.drafted_BG, tally.reached_BG, tally.accepted_BG, tally.tokens_B)
+        counts = np.array([x[0].sum() for x in sums])
+        rounds.append(Round(length, *(counts - counted).tolist()))
+        length, counted = int(state.decode.length_B[0]), counts
     return np.asarray(state.decode.tokens_BS)[0, :length].tolist(), rounds
 
 

@@ -165,11 +165,13 @@ def test_a_wrong_rule_fails_the_same_test(rule, monkeypatch):
     assert p_value("like", HOT, n=2, tokens=1) < CAUGHT
 
 
+@pytest.mark.slow
 def test_a_right_rule_in_the_place_of_the_wrong_ones_passes(monkeypatch):
     monkeypatch.setattr(speculative, "accept", right_in_other_words)
     assert p_value("like", HOT, n=2, tokens=1) > SAFE
 
 
+@pytest.mark.slow
 def test_a_threshold_in_the_place_of_chance_is_caught(monkeypatch):
     monkeypatch.setattr("jax.random.uniform", lambda key: jnp.float32(0.5))
     assert p_value("like", HOT, n=2, tokens=1) < CAUGHT

@@ -69,7 +69,11 @@ def check_sums(c, g):
     assert ahead.mean_accepted == (ahead.accepted / ahead.rounds if ahead.rounds else 0)
 
 
-@pytest.mark.parametrize("draft", [noisy(MODEL, 0.05), "ngram", random_model(1)], ids=["good", "ngram", "wrong"])
+@pytest.mark.parametrize(
+    "draft",
+    [noisy(MODEL, 0.05), *(pytest.param(d, marks=pytest.mark.slow) for d in ("ngram", random_model(1)))],
+    ids=["good", "ngram", "wrong"],
+)
 def test_the_counts_of_a_completion_agree(draft):
     """Rows that have given speculation up included, whatever their neighbours do."""
     prompts = ["hello", "a", "abcabcabcab", "it is"]

@@ -147,10 +147,9 @@ def _advance(
     kept_B = jnp.where(ready_B, jnp.minimum(accepted_B + 1, end_B), 0)
     length_B = rows.length_B + kept_B
     full_B = (reason_B == Stop.RUNNING) & (length_B >= rows.limit_B)
-    logprobs = rows.logprobs
-    for j in range(G + 1) if logprobs is not None else ():
-        at = (jnp.arange(len(kept_B)), jnp.where(j < kept_B, rows.length_B + j, tokens_BS.shape[1]))
-        logprobs = loop.record(logprobs, at, y_BJ[:, j], logits_BJV[:, j])
+    place_BJ = jnp.where(kept_B[:, None] > J_J, rows.length_B[:, None] + J_J, tokens_BS.shape[1])
+    at = (jnp.repeat(jnp.arange(len(kept_B)), G + 1), place_BJ.ravel())
+    logprobs = loop.record(rows.logprobs, at, y_BJ.ravel(), logits_BJV.reshape(-1, logits_BJV.shape[-1]))
     after = rows.replace(
         tokens_BS=tokens_BS,
         length_B=length_B,
