@@ -119,7 +119,7 @@ def test_merged_into_float_is_the_adapter_applied(format):
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(merged.params)} == {"float32"}
 
 
-@pytest.mark.parametrize("doras", [[False], [True, False, True]])
+@pytest.mark.parametrize("doras", [pytest.param([False], marks=pytest.mark.slow), [True, False, True]])
 @pytest.mark.parametrize(("architecture", "tied"), [("llama", True), ("qwen2", False)])
 def test_architectures(architecture, tied, doras):
     model = toy_model("Q8_0", architecture, tied)

@@ -98,7 +98,7 @@ def test_bytes_equal_gguf_and_the_definitions(name, kind):
 
 
 @every_format
-@pytest.mark.parametrize("draw", ["standard_normal", "laplace"])
+@pytest.mark.parametrize("draw", ["standard_normal", pytest.param("laplace", marks=pytest.mark.slow)])
 def test_error_is_that_of_ggml(name, draw):
     w = getattr(np.random.default_rng(7), draw)(size=(512, 1024)).astype(np.float32)
     error = (
@@ -113,7 +113,12 @@ def error_of(w: np.ndarray, name: str, **options: object) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [*((name, DEFAULT_METHOD) for name in ERRORS), ("Q4_0", "mse"), ("Q3_K", "mse"), ("Q3_K", "search")],
+    [
+        *((name, DEFAULT_METHOD) for name in ERRORS),
+        ("Q4_0", "mse"),
+        pytest.param("Q3_K", "mse", marks=pytest.mark.slow),
+        pytest.param("Q3_K", "search", marks=pytest.mark.slow),
+    ],
 )
 def test_error_is_at_most_that_of_ggml(name, method):
     """On the same weights: squared error without importance, error weighted with it where it was given."""
