@@ -281,7 +281,8 @@ def test_logits_that_are_not_finite_end_their_row_alone():
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("temperature", [SLOW(0.0), 1.0])
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_draft_that_is_not_finite_changes_nothing(temperature):
     """Whatever such a draft proposes is rejected, and the replacement drawn from the target's own distribution."""
     broken = MODEL.replace(params=MODEL.params.replace(norm=MODEL.params.norm.at[3].set(jnp.nan)))
