@@ -23,9 +23,7 @@ def target_distribution(rows: DecodeState, tokens_BS: jax.Array, logits_BJV: jax
     J, V = logits_BJV.shape[1:]
 
     def at(j: jax.Array, logits_BV: jax.Array) -> jax.Array:
-        past = None
-        if rows.params.penalize:
-            past = sampling.history(tokens_BS, rows.prompt_length_B, rows.length_B + j, V)
+        past = sampling.past(rows.params, tokens_BS, rows.prompt_length_B, rows.length_B + j, V)
         return sampling.log_distribution(logits_BV, rows.params, past)
 
     return jax.vmap(at, (0, 1), 1)(jnp.arange(J), logits_BJV)

@@ -82,9 +82,8 @@ def _run_model(draft: Draft, rows: DecodeState, cache: KVCache, count_B: jax.Arr
         i: jax.Array, hidden_BD: jax.Array, tokens_BS: jax.Array, log_q_BGV: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """The draft's token i, drawn by the row's own rules."""
-        place_B, past = rows.length_B + i, None
-        if rows.params.penalize:
-            past = sampling.history(tokens_BS, rows.prompt_length_B, place_B, V)
+        place_B = rows.length_B + i
+        past = sampling.past(rows.params, tokens_BS, rows.prompt_length_B, place_B, V)
         logits_BV = unembed(draft.params, draft.config, hidden_BD, deltas=draft.deltas)
         log_q_BV = sampling.log_distribution(logits_BV, rows.params, past)
         if rows.params.sample:

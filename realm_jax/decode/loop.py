@@ -107,16 +107,14 @@ def step(params: Params, config: Config, state: DecodeState, deltas: Params | No
     pending_B1 = jnp.take_along_axis(state.tokens_BS, state.length_B[:, None] - 1, axis=1)
     hidden_B1D, cache = run(params, config, pending_B1, state.cache, ready_B.astype(jnp.int32), deltas=deltas)
     logits_BV = unembed(params, config, hidden_B1D[:, 0], deltas=deltas)
-    past = None
-    if state.params.penalize:
-        past = sampling.history(state.tokens_BS, state.prompt_length_B, state.length_B, config.vocab_size)
+    past = sampling.past(state.params, state.tokens_BS, state.prompt_length_B, state.length_B, config.vocab_size)
     token_B = sampling.next_token(logits_BV, state.params, past, state.keys_B, state.length_B)
     return _append(state.replace(cache=cache), ready_B, token_B, logits_BV)
 
 
 def _append(state: DecodeState, ready_B: jax.Array, token_B: jax.Array, logits_BV: jax.Array) -> DecodeState:
     """Write the drawn token of each ready row, unless it ends the row, and note why a row ends."""
-    failed_B = ~jnp.isfinite(jnp.max(logits_BV, axis=-1))
+    failed_B = ~sampling.has_distribution(logits_BV)
     eos_B = jnp.any(token_B[:, None] == state.eog_E, axis=-1)
     write_B = ready_B & ~failed_B & ~eos_B
     row_B = jnp.arange(token_B.shape[0])

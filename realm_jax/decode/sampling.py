@@ -22,9 +22,15 @@ Top-k, top-p and min-p each keep at least one token. Tokens with exactly equal l
 tie at the edge keeps them all and the set kept does not depend on the order of ids.
 """
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax import lax
+
+Result = TypeVar("Result")
 
 _ORDER_BITS = 32
 
@@ -61,6 +67,17 @@ class SamplingParams:
     """Some row has a temperature above 0; otherwise every draw is an argmax."""
     truncate: bool = struct.field(pytree_node=False, default=True)
     """Some sampled row has top-k or top-p (min-p costs nothing and is always applied to sampled rows)."""
+    mixed: bool = struct.field(pytree_node=False, default=False)
+    """Rows come and go while the program stays: whether any row needs a rule is asked on the device, each time."""
+
+    @property
+    def penalized_B(self) -> jax.Array:
+        """bool: the row has a penalty."""
+        return (self.repetition_penalty != 1) | (self.presence_penalty != 0) | (self.frequency_penalty != 0)
+
+    def where(self, mask_B: jax.Array, other: "SamplingParams") -> "SamplingParams":
+        """The parameters of these rows where the mask is set, else those of the other's."""
+        return jax.tree.map(lambda x, y: jnp.where(mask_B if x.ndim == 1 else mask_B[:, None], x, y), self, other)
 
 
 @struct.dataclass
@@ -84,6 +101,28 @@ def history(tokens_BS: jax.Array, prompt_length_B: jax.Array, length_B: jax.Arra
         jnp.zeros(seen_BV.shape, jnp.int32).at[rows_B1, tokens_BS].add(generated_BS.astype(jnp.int32), mode="drop")
     )
     return History(seen_BV, count_BV)
+
+
+def past(
+    params: SamplingParams, tokens_BS: jax.Array, prompt_length_B: jax.Array, length_B: jax.Array, vocab_size: int
+) -> History | None:
+    """The `history` of rows, as far as their rules ask for it: None where no row has a penalty."""
+    if not params.penalize:
+        return None
+    shape = (tokens_BS.shape[0], vocab_size)
+    return _if_any(
+        params,
+        params.penalized_B,
+        lambda: history(tokens_BS, prompt_length_B, length_B, vocab_size),
+        lambda: History(jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32)),
+    )
+
+
+def _if_any(
+    params: SamplingParams, needs_B: jax.Array, do: Callable[[], Result], otherwise: Callable[[], Result]
+) -> Result:
+    """`do()`; of mixed rows `otherwise()` while none of them needs it."""
+    return lax.cond(jnp.any(needs_B), do, otherwise) if params.mixed else do()
 
 
 def adjust(logits_BV: jax.Array, params: SamplingParams, past: History | None) -> jax.Array:
@@ -111,14 +150,24 @@ def log_distribution(logits_BV: jax.Array, params: SamplingParams, past: History
     greedy_BV = jnp.where(vocabulary_V == jnp.argmax(logits_BV, axis=-1, keepdims=True), 0.0, -jnp.inf)
     if not params.sample:
         return greedy_BV
-    logits_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
+    is_greedy_B = params.temperature == 0
+    sampled_BV = _if_any(params, ~is_greedy_B, lambda: _sampled(logits_BV, params), lambda: greedy_BV)
+    return jnp.where(is_greedy_B[:, None], greedy_BV, sampled_BV)
+
+
+def _sampled(logits_BV: jax.Array, params: SamplingParams) -> jax.Array:
+    """`log_distribution` of rows that are not greedy, from adjusted logits."""
+    shifted_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
+    kept_BV = shifted_BV
     if params.truncate:
-        logits_BV = _keep_top_k(logits_BV, params.top_k)
-        logits_BV = _keep_top_p(logits_BV, params.top_p)
-    logits_BV = jnp.where(logits_BV >= jnp.log(params.min_p)[:, None], logits_BV, -jnp.inf)
-    is_greedy_B1 = params.temperature[:, None] == 0
-    sampled_BV = jax.nn.log_softmax(logits_BV / jnp.where(is_greedy_B1, 1.0, params.temperature[:, None]), axis=-1)
-    return jnp.where(is_greedy_B1, greedy_BV, sampled_BV)
+        needs_B = (params.temperature > 0) & ((params.top_k > 0) | (params.top_p < 1))
+        kept_BV = _if_any(params, needs_B, lambda: _truncated(shifted_BV, params), lambda: shifted_BV)
+    kept_BV = jnp.where(kept_BV >= jnp.log(params.min_p)[:, None], kept_BV, -jnp.inf)
+    return jax.nn.log_softmax(kept_BV / jnp.where(params.temperature == 0, 1.0, params.temperature)[:, None], axis=-1)
+
+
+def _truncated(logits_BV: jax.Array, params: SamplingParams) -> jax.Array:
+    return _keep_top_p(_keep_top_k(logits_BV, params.top_k), params.top_p)
 
 
 def draw(log_probs_BV: jax.Array, keys_B: jax.Array, position_B: jax.Array) -> jax.Array:
@@ -138,9 +187,23 @@ def next_token(
     logits_BV: jax.Array, params: SamplingParams, past: History | None, keys_B: jax.Array, position_B: jax.Array
 ) -> jax.Array:
     """Choose one token id a row (int32): `draw` from `log_distribution`, or a plain argmax if every row is greedy."""
-    if not params.sample:
+
+    def argmax() -> jax.Array:
         return jnp.argmax(adjust(logits_BV, params, past), axis=-1).astype(jnp.int32)
-    return draw(log_distribution(logits_BV, params, past), keys_B, position_B)
+
+    def drawn() -> jax.Array:
+        return draw(log_distribution(logits_BV, params, past), keys_B, position_B)
+
+    return _if_any(params, params.temperature > 0, drawn, argmax) if params.sample else argmax()
+
+
+def has_distribution(logits_BV: jax.Array) -> jax.Array:
+    """bool (B,): a row of logits is one that tokens can be drawn from: no NaN, no +inf, not all -inf.
+
+    The maximum alone does not tell: on the CPU that of a large array loses NaN.
+    """
+    broken_BV = jnp.isnan(logits_BV) | (logits_BV == jnp.inf)
+    return ~jnp.any(broken_BV, axis=-1) & jnp.any(logits_BV > -jnp.inf, axis=-1)
 
 
 def token_logprobs(logits_BV: jax.Array, token_B: jax.Array, top: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -150,7 +213,7 @@ def token_logprobs(logits_BV: jax.Array, token_B: jax.Array, top: int) -> tuple[
     OpenAI-compatible servers report them.
     """
     log_probs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
-    top_BN, top_ids_BN = jax.lax.top_k(log_probs_BV, top)
+    top_BN, top_ids_BN = lax.top_k(log_probs_BV, top)
     return jnp.take_along_axis(log_probs_BV, token_B[:, None], axis=1)[:, 0], top_ids_BN.astype(jnp.int32), top_BN
 
 
@@ -175,7 +238,7 @@ def _keep_mass(logits_BV: jax.Array, weight_BV: jax.Array, target_B: jax.Array) 
     their bits spell (after a flip of signs), and the weight above a threshold only falls as the threshold rises. That
     is 32 passes over V, exact, and 5 to 30 times as fast as a sort on a CPU.
     """
-    bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.uint32)
+    bits_BV = lax.bitcast_convert_type(logits_BV, jnp.uint32)
     order_BV = jnp.where(bits_BV >> 31 == 1, ~bits_BV, bits_BV | jnp.uint32(1 << 31))
 
     def refine(i, threshold_B):
@@ -183,5 +246,5 @@ def _keep_mass(logits_BV: jax.Array, weight_BV: jax.Array, target_B: jax.Array) 
         mass_B = jnp.sum(jnp.where(order_BV >= candidate_B[:, None], weight_BV, 0), axis=-1)
         return jnp.where(mass_B >= target_B, candidate_B, threshold_B)
 
-    threshold_B = jax.lax.fori_loop(0, _ORDER_BITS, refine, jnp.zeros(logits_BV.shape[0], jnp.uint32))
+    threshold_B = lax.fori_loop(0, _ORDER_BITS, refine, jnp.zeros(logits_BV.shape[0], jnp.uint32))
     return jnp.where(order_BV >= threshold_B[:, None], logits_BV, -jnp.inf)

@@ -82,15 +82,17 @@ class Settings:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
-def pack(settings: Sequence[Settings], rows: int, vocab_size: int) -> SamplingParams:
+def pack(settings: Sequence[Settings], rows: int, vocab_size: int, *, mixed_bias: int | None = None) -> SamplingParams:
     """The sampling parameters of a batch of `rows` rows; rows beyond the settings are greedy padding.
 
     The static switches are those the rows need together; the width of the bias table is 0 or a power of 4 from 16, so
-    that few variants are compiled.
+    that few variants are compiled. mixed_bias: of rows that come and go: all switches are on (`SamplingParams.mixed`),
+    and the bias table has this width, which no row exceeds.
     """
     settings = [*settings, *[Settings()] * (rows - len(settings))]
     sampled = [s for s in settings if not s.greedy]
-    ids_BE, values_BE = _pack_bias(settings, vocab_size)
+    mixed = mixed_bias is not None
+    ids_BE, values_BE = _pack_bias(settings, vocab_size, mixed_bias)
 
     def column(name: str, dtype: type) -> jax.Array:
         return jnp.asarray(np.array([getattr(s, name) for s in settings], dtype))
@@ -105,9 +107,10 @@ def pack(settings: Sequence[Settings], rows: int, vocab_size: int) -> SamplingPa
         frequency_penalty=column("frequency_penalty", np.float32),
         bias_ids=jnp.asarray(ids_BE),
         bias_values=jnp.asarray(values_BE),
-        penalize=any(s.penalizes for s in settings),
-        sample=bool(sampled),
-        truncate=any(s.top_k > 0 or s.top_p < 1 for s in sampled),
+        penalize=mixed or any(s.penalizes for s in settings),
+        sample=mixed or bool(sampled),
+        truncate=mixed or any(s.top_k > 0 or s.top_p < 1 for s in sampled),
+        mixed=mixed,
     )
 
 
@@ -121,11 +124,14 @@ def row_keys(seeds: Sequence[int]) -> jax.Array:
     return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
 
 
-def _pack_bias(settings: Sequence[Settings], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    entries = max((len(s.logit_bias or {}) for s in settings), default=0)
-    width = 0 if entries == 0 else 16
-    while width < entries:
-        width *= 4
+def _pack_bias(
+    settings: Sequence[Settings], vocab_size: int, width: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    if width is None:
+        entries = max((len(s.logit_bias or {}) for s in settings), default=0)
+        width = 0 if entries == 0 else 16
+        while width < entries:
+            width *= 4
     ids_BE = np.full((len(settings), width), vocab_size, np.int32)
     values_BE = np.zeros((len(settings), width), np.float32)
     for row, s in enumerate(settings):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from realm_jax.decode import loop
+from realm_jax.decode import loop, sampling
 from realm_jax.decode.acceptance import accept, target_distribution
 from realm_jax.decode.drafts import Draft, Proposal, propose
 from realm_jax.decode.loop import DecodeState, Stop
@@ -187,7 +187,7 @@ def _ends(
 ) -> tuple[jax.Array, jax.Array]:
     """At which token of the round each row ends before it (B,), J where at none; and why (B,), a `Stop`."""
     J = y_BJ.shape[1]
-    failed_BJ = ~jnp.isfinite(jnp.max(logits_BJV, axis=-1))
+    failed_BJ = ~sampling.has_distribution(logits_BJV)
     eos_BJ = jnp.any(y_BJ[..., None] == rows.eog_E, axis=-1)
     ends_BJ = (failed_BJ | eos_BJ) & (jnp.arange(J) <= accepted_B[:, None])
     end_B = jnp.where(ends_BJ.any(1), jnp.argmax(ends_BJ, axis=1), J)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from realm_jax.kernels.attention import attention
 from realm_jax.kernels.delta import Deltas, add_deltas, add_embedding_deltas
 from realm_jax.kernels.matmul import matmul
+from realm_jax.model.cache import KeyValues
 from realm_jax.model.config import Config
 from realm_jax.model.params import Attention, FeedForward, Weight
 from realm_jax.model.rope import rotate
@@ -80,15 +81,23 @@ def attend(
     w: Attention,
     config: Config,
     q_BTHC: jax.Array,
-    k_BSKC: jax.Array,
-    v_BSKC: jax.Array,
+    kv: KeyValues,
     place_BT: jax.Array,
     first_BT: jax.Array | None = None,
     deltas: Attention | None = None,
     observe: Observe | None = None,
 ) -> jax.Array:
     """Attention and its output projection, (B, T, D)."""
-    out_BTHC = attention(q_BTHC, k_BSKC, v_BSKC, place_BT, first_BT, scale=config.head_width**-0.5)
+    out_BTHC = attention(
+        q_BTHC,
+        kv.k,
+        kv.v,
+        place_BT,
+        first_BT,
+        scale=config.head_width**-0.5,
+        k_scale_BSK=kv.k_scale,
+        v_scale_BSK=kv.v_scale,
+    )
     return project(out_BTHC.reshape(*out_BTHC.shape[:2], -1), w, "o", deltas, observe)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from realm_jax.kernels.residency import rematerialize
 from realm_jax.model import layers
-from realm_jax.model.cache import KVCache
+from realm_jax.model.cache import UNBROKEN, KeyValues, KVCache
 from realm_jax.model.config import Config
 from realm_jax.model.params import Layer, Params
 from realm_jax.model.rope import rope_tables
@@ -27,6 +27,7 @@ def run(
     cache: KVCache | None = None,
     count_B: jax.Array | None = None,
     *,
+    rows_B: jax.Array | None = None,
     deltas: Params | None = None,
     first_BT: jax.Array | None = None,
     dtype: jnp.dtype = jnp.float32,
@@ -39,10 +40,12 @@ def run(
     each row (all, where None); hidden states of the padding mean nothing. Without a cache the tokens
     stand at positions 0..T-1 and see only each other. With one, token t of row b stands at position
     `cache.length_B[b] + t`; the caller sees to it that the real ones fit in `cache.size`. The
-    returned cache has `length_B + count_B`; padding is written behind it where there is room, and
-    never seen.
+    returned cache has `length_B + count_B`; padding is not written. Hidden states of a token that sees a key or value
+    that is not finite are NaN; no other token's are.
 
-    deltas: an adapter fitted to these weights: a tree like `params` whose leaves are `Delta`s, tuples of them, or None.
+    rows_B: int32, for a part of the cache's rows: which one each row of tokens belongs to, no two the same; a number
+    past the last is for padding (with a count of 0). None: all of them in order. deltas: an adapter fitted to these
+    weights: a tree like `params` whose leaves are `Delta`s, tuples of them, or None.
     first_BT: int32, for rows in which documents are packed end to end, without a cache: the place in the row where the
     document of each token begins; a token sees only its own document, and its position counts from there. dtype: of the
     activations between the products. remat: keep only the input of each layer for the backward pass, and compute the
@@ -51,11 +54,19 @@ def run(
     included.
     """
     B, T = tokens_BT.shape
-    start_B = jnp.zeros(B, jnp.int32) if cache is None else cache.length_B
+
+    def own(x: jax.Array) -> jax.Array:
+        return x if rows_B is None else x.at[rows_B].get(mode="clip")
+
+    start_B = jnp.zeros(B, jnp.int32) if cache is None else own(cache.length_B)
     place_BT = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
     position_BT = place_BT if first_BT is None else place_BT - first_BT
     rotation = rope_tables(config.rope, params.rope_factors, position_BT)
-    row_B1 = jnp.arange(B, dtype=jnp.int32)[:, None]
+    row_B = jnp.arange(B, dtype=jnp.int32) if rows_B is None else rows_B
+    if cache is not None:
+        count_B = jnp.full(B, T, jnp.int32) if count_B is None else count_B
+        write_BT = jnp.where(jnp.arange(T) < count_B[:, None], place_BT, cache.size)
+        cache = cache.replace(broken_B=jnp.where(cache.broken_B < cache.length_B, cache.broken_B, UNBROKEN))
 
     def block(
         i: int,
@@ -70,17 +81,11 @@ def run(
         in_attn, in_ffn = (_observe_within(observe, "layers", i, part) for part in ("attn", "ffn"))
         q_BTHC, k_BTKC, v_BTKC = layers.project_qkv(layer.attn, config, x_BTD, rotation, change.attn, in_attn)
         if cache is None:
-            k_BSKC, v_BSKC = k_BTKC, v_BTKC
+            kv = KeyValues(k_BTKC, v_BTKC)
         else:
-            at = (i, row_B1, place_BT)
-            cache = cache.replace(
-                k=cache.k.at[at].set(k_BTKC.astype(cache.k.dtype), mode="drop"),
-                v=cache.v.at[at].set(v_BTKC.astype(cache.v.dtype), mode="drop"),
-            )
-            k_BSKC, v_BSKC = cache.k[i], cache.v[i]
-        x_BTD = x_BTD + layers.attend(
-            layer.attn, config, q_BTHC, k_BSKC, v_BSKC, place_BT, first_BT, change.attn, in_attn
-        )
+            cache = cache.write(i, row_B, write_BT, k_BTKC, v_BTKC)
+            kv = cache.read(i, rows_B)
+        x_BTD = x_BTD + layers.attend(layer.attn, config, q_BTHC, kv, place_BT, first_BT, change.attn, in_attn)
         return x_BTD + layers.feed_forward(layer.ffn, config, x_BTD, change.ffn, in_ffn), cache
 
     x_BTD = layers.embed(params.embedding, tokens_BT, None if deltas is None else deltas.embedding).astype(dtype)
@@ -90,7 +95,8 @@ def run(
         one = rematerialize(one) if remat else one
         x_BTD, cache = one(x_BTD, layer, change, cache, rotation, place_BT, first_BT)
     if cache is not None:
-        cache = cache.replace(length_B=cache.length_B + (T if count_B is None else count_B))
+        x_BTD = jnp.where((place_BT >= own(cache.broken_B)[:, None])[..., None], jnp.nan, x_BTD)
+        cache = cache.replace(length_B=cache.length_B.at[row_B].add(count_B, mode="drop"))
     return x_BTD, cache
 
 
