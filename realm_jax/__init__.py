@@ -13,6 +13,7 @@ from realm_jax.errors import RequestError as RequestError
 
 if TYPE_CHECKING:
     from realm_jax.decode.generate import Completion, generate, stream
+    from realm_jax.engine import Engine, Request
     from realm_jax.logits import forward
     from realm_jax.lora import Adapter, load_adapter, save_adapter
     from realm_jax.model import Model, load, save
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "realm_jax.decode.generate": ("Completion", "generate", "stream"),
+    "realm_jax.engine": ("Engine", "Request"),
     "realm_jax.logits": ("forward",),
     "realm_jax.lora": ("Adapter", "load_adapter", "save_adapter"),
     "realm_jax.model": ("Model", "load", "save"),
@@ -33,10 +35,12 @@ __all__ = [
     "Adapter",
     "AdapterError",
     "Completion",
+    "Engine",
     "GGUFError",
     "Model",
     "QuantizedTensor",
     "RealmError",
+    "Request",
     "RequestError",
     "dequantize",
     "forward",

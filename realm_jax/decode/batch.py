@@ -17,8 +17,8 @@ from realm_jax.decode.completion import Completion, Speculative, Stats, TokenLog
 from realm_jax.decode.draft_models import PreparedDraft
 from realm_jax.decode.loop import DecodeState, LogprobBuffers, Stop, decode, init_state, prefill
 from realm_jax.decode.prompts import Request
-from realm_jax.decode.stop import RowText
-from realm_jax.decode.tally import Tally
+from realm_jax.decode.row import Row, not_finite
+from realm_jax.decode.tally import summary
 from realm_jax.errors import RealmError
 from realm_jax.kernels.matmul import choose_impl
 from realm_jax.lora.stack import AdapterLike, deltas_for
@@ -30,28 +30,6 @@ STRETCH = 16
 STREAM_SECONDS = 0.05
 """A stream's stretches are shortened to come about this often."""
 UNBOUNDED = 2**31 - 1
-
-
-class _Row:
-    """The host's view of one row: how many tokens it has read, their text, and why the row ended (None: it has not)."""
-
-    def __init__(self, request: Request, model: Model):
-        self.request = request
-        self.text = RowText(model.tokenizer.stream(continues=True) if model.tokenizer else None, request.settings.stop)
-        self.reason: Stop | None = None if request.settings.max_new_tokens else Stop.LENGTH
-        self._read = len(request.tokens)
-
-    def advance(self, tokens_S: np.ndarray, length: int, stop: int) -> str:
-        """Read what the device has added; returns the new text."""
-        pieces = [self.text.push(token) for token in tokens_S[self._read : length].tolist()]
-        self._read = length
-        if stop != Stop.RUNNING and not self.text.stopped:
-            pieces.append(self.text.finish())
-        if self.text.stopped:
-            self.reason = Stop.STOP
-        elif stop != Stop.RUNNING:
-            self.reason = Stop(stop)
-        return "".join(pieces)
 
 
 class _Clock:
@@ -91,7 +69,7 @@ def run_batch(
     for speculative decoding, where a stretch counts rounds. Raises RealmError if a row's logits are not finite.
     """
     clock = _Clock()
-    rows = [_Row(request, model) for request in requests]
+    rows = [Row(len(request.tokens), request.settings, model.tokenizer) for request in requests]
     device = _Device(model, deltas, draft)
     device.prefill(requests, clock)
     stretch = 1 if streams else _stretch(rows)
@@ -101,11 +79,11 @@ def run_batch(
         tokens_BS, length_B, stop_B = jax.device_get((device.rows.tokens_BS, device.rows.length_B, device.rows.stop_B))
         took = clock.add("decode", started, compiled)
         for b, row in enumerate(rows):
-            if row.reason is None and (piece := row.advance(tokens_BS[b], length_B[b], stop_B[b])):
-                yield row.request.index, piece
+            if row.reason is None and (piece := row.advance(tokens_BS[b, row.read : length_B[b]].tolist(), stop_B[b])):
+                yield requests[b].index, piece
         device.end_stopped(rows, stop_B)
         stretch = _next_stretch(stretch, took) if streams else _stretch(rows)
-    return _completions(model, rows, device, clock)
+    return _completions(model, requests, rows, device, clock)
 
 
 class _Device:
@@ -154,7 +132,7 @@ class _Device:
             draft = self.draft.draft
             self.state = speculative.decode(model.params, model.config, draft, self.state, stretch, self._deltas)
 
-    def end_stopped(self, rows: Sequence[_Row], stop_B: np.ndarray) -> None:
+    def end_stopped(self, rows: Sequence[Row], stop_B: np.ndarray) -> None:
         """Tell the device of rows that a stop string has ended."""
         ended = [b for b, row in enumerate(rows) if row.reason is Stop.STOP and stop_B[b] == Stop.RUNNING]
         if not ended:
@@ -165,9 +143,9 @@ class _Device:
         self.state = after if self.draft is None else self.state.replace(decode=after)
 
 
-def _stretch(rows: Sequence[_Row]) -> int:
+def _stretch(rows: Sequence[Row]) -> int:
     """How long the device may run before the host must look for stop strings."""
-    return STRETCH if any(row.reason is None and row.request.settings.stop for row in rows) else UNBOUNDED
+    return STRETCH if any(row.reason is None and row.settings.stop for row in rows) else UNBOUNDED
 
 
 def _next_stretch(stretch: int, seconds: float) -> int:
@@ -175,49 +153,37 @@ def _next_stretch(stretch: int, seconds: float) -> int:
     return max(1, min(STRETCH, 2 * stretch, int(stretch * STREAM_SECONDS / seconds)))
 
 
-def _completions(model: Model, rows: Sequence[_Row], device: _Device, clock: _Clock) -> list[Completion]:
+def _completions(
+    model: Model, requests: Sequence[Request], rows: Sequence[Row], device: _Device, clock: _Clock
+) -> list[Completion]:
+    for request, row in zip(requests, rows, strict=True):
+        if row.reason is Stop.FAILED:
+            raise RealmError(not_finite(f"prompt {request.index}", row.read))
     buffers = jax.device_get(device.rows.logprobs)
     ahead = [None] * len(rows)
     if device.draft is not None:
         tally, propose_B = jax.device_get((device.state.tally, device.state.propose_B))
-        ahead = [_speculative(device.draft.name, tally, b, propose_B[b] == 0) for b in range(len(rows))]
+        ahead = [summary(device.draft.name, tally, b, propose_B[b] == 0) for b in range(len(rows))]
     return [_completion(model, rows, b, buffers, clock, ahead[b]) for b in range(len(rows))]
 
 
 def _completion(
-    model: Model, rows: Sequence[_Row], b: int, buffers: LogprobBuffers | None, clock: _Clock, ahead: Speculative | None
+    model: Model, rows: Sequence[Row], b: int, buffers: LogprobBuffers | None, clock: _Clock, ahead: Speculative | None
 ) -> Completion:
-    row, tokens, prompt_tokens = rows[b], rows[b].text.tokens, len(rows[b].request.tokens)
-    if row.reason is Stop.FAILED:
-        where = f"prompt {row.request.index}, after {prompt_tokens + len(tokens)} tokens"
-        raise RealmError(f"{where}: the model's logits are not finite; its weights are broken, or overflow")
+    row, tokens = rows[b], rows[b].text.tokens
+    device, matmul = ran_on(model, len(rows))
     stats = Stats(
         prefill_seconds=clock.seconds["prefill"],
         decode_seconds=clock.seconds["decode"],
         compile_seconds=clock.seconds["compile"],
         tokens_per_second=len(tokens) / clock.seconds["decode"] if tokens else 0.0,
         rows=len(rows),
-        device=next(iter(jax.tree.leaves(model.params)[0].devices())).device_kind,
-        matmul=_matmul(model, len(rows)),
+        device=device,
+        matmul=matmul,
         speculative=ahead,
     )
-    logprobs = None if buffers is None else _logprobs(buffers, b, prompt_tokens, tokens)
-    return Completion(row.text.text, tokens, prompt_tokens, row.reason.name.lower(), stats, logprobs)
-
-
-def _speculative(draft: str, tally: Tally, b: int, gave_up: bool) -> Speculative:
-    accepted, judged = tally.accepted_BG[b].tolist(), tally.reached_BG[b].tolist()
-    return Speculative(
-        draft=draft,
-        rounds=int(tally.rounds_B[b]),
-        tokens=int(tally.tokens_B[b]),
-        drafted=int(tally.drafted_BG[b].sum()),
-        accepted=sum(accepted),
-        by_position=tuple(yes / of if of else None for yes, of in zip(accepted, judged, strict=True)),
-        judged=tuple(judged),
-        histogram=tuple(tally.histogram_BJ[b].tolist()),
-        gave_up=bool(gave_up),
-    )
+    logprobs = None if buffers is None else _logprobs(buffers, b, row.prompt_tokens, tokens)
+    return Completion(row.text.text, tokens, row.prompt_tokens, row.reason.name.lower(), stats, logprobs)
 
 
 def _logprobs(buffers: LogprobBuffers, b: int, start: int, tokens: list[int]) -> list[TokenLogprob]:
@@ -229,8 +195,9 @@ def _logprobs(buffers: LogprobBuffers, b: int, start: int, tokens: list[int]) ->
     ]
 
 
-def _matmul(model: Model, rows: int) -> str:
-    """The matmul implementations that a decoding step of `rows` rows uses."""
+def ran_on(model: Model, rows: int) -> tuple[str, str]:
+    """The kind of device that holds the weights, and the matmul implementations that a step of so many rows uses."""
     layer = model.params.layers[0]
     weights = [layer.attn.q, layer.ffn.gate, layer.ffn.down]
-    return "+".join(sorted({choose_impl((rows, 1, w.shape[1]), w) for w in weights}))
+    device = next(iter(jax.tree.leaves(model.params)[0].devices())).device_kind
+    return device, "+".join(sorted({choose_impl((rows, 1, w.shape[1]), w) for w in weights}))

@@ -163,11 +163,16 @@ def fill_cache(
     left_B: jax.Array,
     chunk: int,
     deltas: Params | None,
+    rows_B: jax.Array | None = None,
 ) -> KVCache:
-    """Run up to `chunk` of each row's `left_B` next tokens. Knows nothing of sampling, whose variants thus share it."""
-    position_BT = cache.length_B[:, None] + jnp.arange(chunk)
+    """Run up to `chunk` of each row's `left_B` next tokens. Knows nothing of sampling, whose variants thus share it.
+
+    rows_B: which rows of the cache these are, as in `transformer.run`.
+    """
+    start_B = cache.length_B if rows_B is None else cache.length_B.at[rows_B].get(mode="clip")
+    position_BT = start_B[:, None] + jnp.arange(chunk)
     tokens_BT = jnp.take_along_axis(tokens_BS, jnp.minimum(position_BT, tokens_BS.shape[1] - 1), axis=1)
-    return run(params, config, tokens_BT, cache, jnp.clip(left_B, 0, chunk), deltas=deltas)[1]
+    return run(params, config, tokens_BT, cache, jnp.clip(left_B, 0, chunk), rows_B=rows_B, deltas=deltas)[1]
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
@@ -199,12 +204,15 @@ def init_state(
     *,
     rows: int | None = None,
     size: int,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: jnp.dtype | str = jnp.float32,
+    mixed_bias: int | None = None,
+    logprobs: int | None = None,
 ) -> DecodeState:
     """A batch that has not run yet: row b holds prompt b, with `requests[b]` checked and within the context.
 
     prompts: token ids, at least one each. rows: B, at least len(prompts); the rest are EMPTY. size: S, at least
-    each prompt plus its budget. dtype: of the cache.
+    each prompt plus its budget. dtype: of the cache. mixed_bias: for rows that come and go, as in `settings.pack`.
+    logprobs: how many top tokens to have room for, by default the most that a request asks for.
     """
     rows = rows or len(prompts)
     tokens_BS = np.zeros((rows, size), np.int32)
@@ -217,6 +225,7 @@ def init_state(
     eog_E = np.full(-(-max(len(eog_ids), 1) // _EOG_BUCKET) * _EOG_BUCKET, -1, np.int32)
     eog_E[: len(eog_ids)] = sorted(eog_ids)
     seeds = [request.seed for request in requests]
+    top = max((request.logprobs for request in requests), default=0) if logprobs is None else logprobs
     return DecodeState(
         tokens_BS=jnp.array(tokens_BS),
         length_B=jnp.array(length_B),
@@ -225,9 +234,9 @@ def init_state(
         stop_B=jnp.array(stop_B),
         cache=KVCache.create(config, rows, size, dtype),
         keys_B=settings.row_keys(seeds + [0] * (rows - len(seeds))),
-        params=settings.pack(requests, rows, config.vocab_size),
+        params=settings.pack(requests, rows, config.vocab_size, mixed_bias=mixed_bias),
         eog_E=jnp.array(eog_E),
-        logprobs=_logprob_buffers(rows, size, max((request.logprobs for request in requests), default=0)),
+        logprobs=_logprob_buffers(rows, size, top),
     )
 
 

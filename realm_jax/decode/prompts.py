@@ -39,7 +39,7 @@ def make_requests(
     requests = []
     for index, prompt in enumerate(_as_list(prompts)):
         where = f"prompt {index}"
-        tokens = _tokens(model, prompt, where, add_special, parse_special)
+        tokens = prompt_tokens(model, prompt, where, add_special, parse_special)
         check_length(len(tokens), settings.max_new_tokens, model.config.context_length, where)
         seeded = dataclasses.replace(settings, seed=(settings.seed + index) % 2**64)
         requests.append(Request(index, tokens, seeded))
@@ -66,7 +66,8 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(prompts)
 
 
-def _tokens(model: Model, prompt: Prompt, where: str, add_special: bool, parse_special: bool) -> list[int]:
+def prompt_tokens(model: Model, prompt: Prompt, where: str, add_special: bool, parse_special: bool) -> list[int]:
+    """The token ids of one prompt. Raises RequestError, in which `where` names the prompt."""
     if isinstance(prompt, str):
         if model.tokenizer is None:
             raise RequestError(f"{where} is a text, and the model has no tokenizer; pass token ids")

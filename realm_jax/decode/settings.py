@@ -26,7 +26,7 @@ LARGEST = 1e6
 LARGEST_BIAS = 1e30
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """How to go on with one prompt; the defaults are greedy decoding of at most 64 tokens.
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from realm_jax.decode.completion import Speculative
 from realm_jax.decode.drafts import Draft
 from realm_jax.decode.speedup import best_length, expected_speedup
 
@@ -62,6 +63,22 @@ class Tally:
         """With one step more of plain decoding of the rows that are ready."""
         none_BG = jnp.zeros(self.drafted_BG.shape, bool)
         return self.add(none_BG, none_BG, none_BG, ready_B.astype(jnp.int32), ready_B)
+
+
+def summary(draft: str, tally: Tally, row: int, gave_up: bool) -> Speculative:
+    """What speculation did for one row; draft: its name, tally: on the host."""
+    accepted, judged = tally.accepted_BG[row].tolist(), tally.reached_BG[row].tolist()
+    return Speculative(
+        draft=draft,
+        rounds=int(tally.rounds_B[row]),
+        tokens=int(tally.tokens_B[row]),
+        drafted=int(tally.drafted_BG[row].sum()),
+        accepted=sum(accepted),
+        by_position=tuple(yes / of if of else None for yes, of in zip(accepted, judged, strict=True)),
+        judged=tuple(judged),
+        histogram=tuple(tally.histogram_BJ[row].tolist()),
+        gave_up=bool(gave_up),
+    )
 
 
 def estimate(

@@ -1,0 +1,428 @@
+"""Continuous batching: requests come at any time, share one padded ragged batch, and leave it when they are done.
+
+`Engine.step` is the whole of it: take in what the last call of the device has done, seat who waits, dispatch a chunk of
+prompts and some steps of decoding, and hand out text while the device works. What happens on the device is in
+`engine.device`, whose functions have a short list of shapes (`engine.shapes`).
+"""
+
+import contextlib
+import heapq
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from realm_jax.decode.batch import ran_on
+from realm_jax.decode.completion import Completion
+from realm_jax.decode.draft_models import DraftLike, prepare_draft
+from realm_jax.decode.loop import Stop
+from realm_jax.decode.row import not_finite
+from realm_jax.engine import device, memory
+from realm_jax.engine.admission import Limits, admission, check
+from realm_jax.engine.metrics import Event, Metrics
+from realm_jax.engine.prefixes import LEAST_PREFIX, PrefixIndex, common_prefix
+from realm_jax.engine.request import Handle, Request
+from realm_jax.engine.seat import Seat
+from realm_jax.engine.settings import EngineSettings
+from realm_jax.engine.shapes import Shapes
+from realm_jax.engine.stream import Stream
+from realm_jax.engine.waiting import Waiting
+from realm_jax.errors import RealmError, RequestError
+from realm_jax.lora import stack
+from realm_jax.lora.stack import AdapterLike
+from realm_jax.model.model import Model
+
+
+class Engine:
+    """Serves requests from slots of one batch.
+
+    slots: requests served at once; None: as many as the device's free memory holds. max_len: tokens of a slot, prompt
+    and new ones; at most the model's context. adapters: by name, what requests may ask for. draft: what runs ahead, as
+    in `generate`; draft_tokens, draft_adaptive, draft_adapter: also as there. options: the fields of `EngineSettings`.
+    on_event: called with every event of `Metrics`.
+
+    Greedy or sampled, a request's tokens are those it would get alone. Methods may be called from several threads; one
+    at a time runs the engine. Raises RequestError for an option that makes no sense, AdapterError for an
+    adapter that does not fit, RealmError if there is not enough memory.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        slots: int | None = 32,
+        max_len: int = 2048,
+        adapters: Mapping[str, AdapterLike] | None = None,
+        draft: DraftLike | None = None,
+        *,
+        draft_tokens: int = 4,
+        draft_adaptive: bool = False,
+        draft_adapter: AdapterLike | None = None,
+        on_event: Callable[[Event], None] | None = None,
+        **options,
+    ):
+        self.settings = EngineSettings(**options).checked(slots, max_len)
+        self.model = model
+        adapters = dict(adapters or {})
+        self._adapters = {name: i for i, name in enumerate(adapters, 1)}
+        self._stack = stack(list(adapters.values()), model) if adapters else None
+        if draft is None and draft_adapter is not None:
+            raise RequestError("draft_adapter is for a draft, and none was given")
+        ahead = draft and prepare_draft(model, draft, draft_tokens, adaptive=draft_adaptive, adapter=draft_adapter)
+        self._draft, self._draft_name = (ahead.draft, ahead.name) if ahead else (None, None)
+        self.max_len = min(max_len, model.config.context_length)
+        self.limits = Limits(
+            self.max_len,
+            tuple(adapters),
+            self.settings.max_logit_bias,
+            self.settings.max_logprobs,
+            ahead and ahead.context_length,
+        )
+        self.slots = self._choose_slots(slots)
+        self.metrics = Metrics(self.slots, on_event)
+        self._ran_on = ran_on(model, self.slots)
+        self._shapes = Shapes.of(self.slots, self.max_len, self.settings.prefill_tokens)
+        self._device, self._prefixes = self._create()
+        self._index = PrefixIndex(self.settings.prefix_rows)
+        self._waiting, self._seats, self._free = Waiting(), dict[int, Seat](), list(range(self.slots))
+        self._ending: set[int] = set()
+        self._flying: tuple[device.Report, list[Seat], float, dict[str, int]] | None = None
+        self._ids, self._live = itertools.count(), set[str | int]()
+        self._finished: list[Handle] = []
+        self._running, self._queue, self._closed, self._stepping = threading.RLock(), threading.RLock(), "", False
+
+    def submit(self, request: Request) -> Handle:
+        """Take a request in; it is worked on when the engine runs. Raises RequestError if it can never be served."""
+        tokens, settings = check(self.model, request, self.limits)
+        with self._queue:
+            self._check_open()
+            if request.id is not None and request.id in self._live:
+                raise RequestError(f"request {request.id!r}: another one of that id has not ended; give another id")
+            id = request.id if request.id is not None else next(i for i in self._ids if i not in self._live)
+            handle = Handle(self, request, id, tokens, settings)
+            self._live.add(id)
+            self.metrics.submitted(handle)
+            if settings.max_new_tokens == 0 or len(tokens) >= self.model.config.context_length:
+                self._end(handle, None, "length")
+            else:
+                self._waiting.push(handle)
+        return handle
+
+    def step(self) -> bool:
+        """One turn, as the module says; returns whether there is anything left to do."""
+        with self._running:
+            self._check_open()
+            if self._stepping:
+                raise RealmError("a callback cannot run the engine: it is in the middle of a step")
+            with self._unbroken():
+                arrived = self._collect()
+                idle_since = time.perf_counter()
+                self._leave()
+                self._admit()
+                self._prefill()
+                self._decode(idle_since if arrived else None)
+                for seat, piece in arrived:
+                    self._deliver(seat, piece)
+                return bool(self._seats or len(self._waiting) or self._flying)
+
+    def run(self) -> list[Handle]:
+        """Work until no request is left; returns those that have ended since the last time, in the order they did."""
+        while self.step():
+            pass
+        with self._queue:
+            finished, self._finished = self._finished, []
+        return finished
+
+    def advance(self, enough: Callable[[], bool]) -> None:
+        """Work until `enough()`, or no request is left."""
+        while not enough():
+            with self._running:
+                if enough() or not self.step():
+                    return
+
+    def stream(self, request: Request) -> Stream:
+        """Submit a request and iterate over its text, with `for` or `async for`; see `Stream`."""
+        return Stream(self, self.submit(request))
+
+    def cancel(self, handle: Handle) -> bool:
+        """End a request with what it has; False if it had ended already. Its slot is free at the next step."""
+        with self._queue:
+            if handle.done:
+                return False
+            self._waiting.remove(handle)
+            seat = next((seat for seat in self._seats.values() if seat.handle is handle), None)
+            self._end(handle, seat, "cancelled")
+            return True
+
+    def close(self) -> None:
+        """Cancel what has not ended, and give the memory back. Closing again does nothing."""
+        self._shut("it is closed", None)
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def warm_up(self) -> None:
+        """Compile everything that any traffic can need; only before the first request, or when none is left."""
+        with self._running, self._unbroken():
+            if self._seats or self._flying:
+                raise RealmError("an engine can be warmed up only while no request is being served")
+            self._device = device.admit(self._device, self._admission([]))
+            for rows, chunk in self._shapes.prefills:
+                self._fill([], rows, chunk)
+            for window in self._shapes.windows:
+                self._device, report = self._call(np.zeros(self.slots, bool), window)
+            if self.settings.prefix_rows:
+                zero = jnp.int32(0)
+                self._prefixes = device.keep(self._prefixes, self._device, zero, zero, zero)
+                self._device = device.start_from(self._device, self._prefixes, zero, zero, zero)
+                self._index = PrefixIndex(self.settings.prefix_rows)
+            jax.block_until_ready(report)
+
+    def _choose_slots(self, wanted: int | None) -> int:
+        each = memory.slot_bytes(self.model.config, self._draft, self.max_len, self.settings.cache_dtype)
+        where = next(iter(jax.tree.leaves(self.model.params)[0].devices()))
+        return memory.choose_slots(wanted, self.settings.prefix_rows, each, memory.free_bytes(where))
+
+    def _create(self) -> tuple[device.Slots, device.Prefixes | None]:
+        model, asked = self.model, self.settings
+        slots = device.create(
+            model.config,
+            self._draft,
+            slots=self.slots,
+            size=self.max_len,
+            dtype=asked.cache_dtype,
+            eog_ids=model.tokenizer.eog_ids if model.tokenizer else (),
+            bias=asked.max_logit_bias,
+            logprobs=asked.max_logprobs,
+        )
+        if not asked.prefix_rows:
+            return slots, None
+        rows = (asked.prefix_rows, self.max_len, asked.cache_dtype)
+        return slots, device.create_prefixes(model.config, self._draft, *rows)
+
+    @contextlib.contextmanager
+    def _unbroken(self) -> Iterator[None]:
+        """If the device, or the engine itself, fails half-way, all that is open ends and says so."""
+        self._stepping = True
+        try:
+            yield
+        except BaseException as error:
+            why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+            self._shut(f"it broke off ({why})", RealmError(f"the engine broke off ({why})"))
+            raise
+        finally:
+            self._stepping = False
+
+    def _shut(self, why: str, error: RealmError | None) -> None:
+        with self._running, self._queue:
+            if self._closed:
+                return
+            self._closed = why
+            open_ones = [(seat.handle, seat) for seat in self._seats.values()]
+            while (handle := self._waiting.pop()) is not None:
+                open_ones.append((handle, None))
+            for handle, seat in open_ones:
+                if not handle.done:
+                    self._end(handle, seat, "cancelled", error)
+            self._seats.clear()
+            self._device = self._prefixes = self._flying = self._stack = None
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RealmError(f"the engine serves no more: {self._closed}; make a new one")
+
+    # One step, in the order of its parts.
+
+    def _collect(self) -> list[tuple[Seat, str | None, list[int]]]:
+        """Wait for the call in flight; who was in it, and what it added: the numbers now, the text later."""
+        if self._flying is None:
+            return []
+        report, seats, since, numbers = self._flying
+        report, self._flying = jax.device_get(report), None
+        arrived, appended = [], 0
+        for seat in seats:
+            count = int(report.length_B[seat.slot]) - seat.length
+            tokens = report.tokens_BN[seat.slot, :count].tolist()
+            seat.length, seat.stop, seat.report = seat.length + count, int(report.stop_B[seat.slot]), report
+            appended += count
+            # Stop strings decide who sits where next; all other text can wait until the device is at work again.
+            piece = seat.read(tokens, seat.stop, report) if seat.handle.settings.stop else None
+            arrived.append((seat, (piece, tokens)))
+        self.metrics.call(seconds=time.perf_counter() - since, tokens=appended, **numbers)
+        return arrived
+
+    def _leave(self) -> None:
+        """Free the slots of those who have ended."""
+        for slot, seat in list(self._seats.items()):
+            stopped = seat.row.reason is Stop.STOP or seat.handle.done
+            if stopped and seat.stop == Stop.RUNNING:
+                self._ending.add(slot)
+            if stopped or seat.stop != Stop.RUNNING:
+                del self._seats[slot]
+                heapq.heappush(self._free, slot)
+
+    def _admit(self) -> None:
+        """Seat those whose turn it is, as long as there are slots."""
+        new = []
+        with self._queue:
+            while self._free and (handle := self._waiting.pop()) is not None:
+                slot = heapq.heappop(self._free)
+                seat = Seat(slot, handle, self._adapters.get(handle.request.adapter, 0), self.model.tokenizer)
+                self._seats[slot] = seat
+                self._ending.discard(slot)
+                handle.status, handle.timing.admitted = "prefill", time.perf_counter()
+                self.metrics.admitted(handle, slot)
+                new.append(seat)
+        if new:
+            self._device = device.admit(self._device, self._admission(new))
+
+    def _admission(self, seats: list[Seat]) -> device.Admission:
+        config, draft = self.model.config, self._draft
+        sizes = (self.slots, self.max_len, config.vocab_size, config.context_length, self.settings.max_logit_bias)
+        return admission(seats, *sizes, draft.tokens if draft else 0)
+
+    def _prefill(self) -> None:
+        """Chunks of prompts: about `prefill_tokens`, or more if nobody could decode otherwise."""
+        used = 0
+        while used < self.settings.prefill_tokens or not any(seat.ready_at for seat in self._seats.values()):
+            seats = self._placed()
+            if not seats:
+                return
+            rows, chunk = self._shapes.prefill(len(seats), seats[0].left)
+            self._fill(seats[:rows], rows, chunk)
+            used += rows * chunk
+
+    def _placed(self) -> list[Seat]:
+        """Those whose prompts are to be read on, in the order of admission; who need not read is set aside."""
+        reading = sorted(
+            (s for s in self._seats.values() if s.ready_at is None), key=lambda s: s.handle.timing.admitted
+        )
+        leaders: list[Seat] = []
+        for seat in reading:
+            if not seat.placed and not any(self._follows(seat, leader) for leader in leaders):
+                self._place(seat)
+            if seat.placed:
+                leaders.append(seat)
+                if seat.left == 0:
+                    self._read(seat)
+        return [seat for seat in leaders if seat.left]
+
+    def _follows(self, seat: Seat, leader: Seat) -> bool:
+        """Whether it pays to wait for what another one is reading: the same beginning."""
+        if not self.settings.prefix_rows or seat.adapter != leader.adapter or leader.left == 0:
+            return False
+        return common_prefix(seat.tokens[:-1], leader.tokens[:-1]) >= LEAST_PREFIX
+
+    def _place(self, seat: Seat) -> None:
+        """Begin with what the prefix cache has of the prompt."""
+        seat.placed = True
+        if not self.settings.prefix_rows:
+            return
+        row, tokens = self._index.find(seat.adapter, seat.tokens[:-1])
+        if tokens:
+            numbers = (jnp.int32(n) for n in (seat.slot, row, tokens))
+            self._device = device.start_from(self._device, self._prefixes, *numbers)
+            seat.filled = seat.handle.timing.cached = tokens
+            self.metrics.prefix(seat.handle, tokens)
+
+    def _fill(self, seats: list[Seat], rows: int, chunk: int) -> None:
+        """One chunk of these prompts; rows, chunk: one of the shapes."""
+        slot_P = np.arange(self.slots, self.slots + rows, dtype=np.int32)
+        slot_P[: len(seats)] = [seat.slot for seat in seats]
+        model = self.model
+        self._device = device.prefill(
+            model.params, model.config, self._draft, self._device, self._stack, jnp.asarray(slot_P), chunk
+        )
+        for seat in seats:
+            seat.filled += min(seat.left, chunk)
+            if seat.left == 0:
+                self._read(seat)
+
+    def _read(self, seat: Seat) -> None:
+        """A prompt is in the cache: the seat decodes from now on, and others may begin with what it has."""
+        seat.ready_at, seat.handle.status = time.perf_counter(), "decode"
+        row = self._index.keep(seat.adapter, seat.tokens[:-1])
+        if row is not None:
+            numbers = (jnp.int32(n) for n in (row, seat.slot, seat.filled))
+            self._prefixes = device.keep(self._prefixes, self._device, *numbers)
+
+    def _decode(self, idle_since: float | None) -> None:
+        """Dispatch some steps of all who are ready. idle_since: when the last call ended, if there was one."""
+        seats = [seat for seat in self._seats.values() if seat.ready_at is not None]
+        if not seats:
+            return
+        end_B = np.zeros(self.slots, bool)
+        end_B[list(self._ending)] = True
+        self._ending.clear()
+        window = self._shapes.window(max(seat.length for seat in seats) + self._most)
+        self._device, report = self._call(end_B, window)
+        now = time.perf_counter()
+        numbers = {"waiting": len(self._waiting), "occupied": len(self._seats), "ready": len(seats), "window": window}
+        numbers["host_seconds"] = now - idle_since if idle_since else 0.0
+        self._flying = (report, seats, now, numbers)
+
+    @property
+    def _most(self) -> int:
+        """Tokens that a call can append to a row."""
+        return self.settings.steps * (1 if self._draft is None else self._draft.tokens + 1)
+
+    def _call(self, end_B: np.ndarray, window: int) -> tuple[device.Slots, device.Report]:
+        model, steps = self.model, self.settings.steps
+        state = (self._draft, self._device, self._stack)
+        return device.decode(model.params, model.config, *state, jnp.asarray(end_B), steps, window)
+
+    def _deliver(self, seat: Seat, came: tuple[str | None, list[int]]) -> None:
+        """Hand out what a call has added to a request, and end it if it is over."""
+        piece, tokens = came
+        with self._queue:
+            handle = seat.handle
+            if handle.done:
+                return
+            if piece is None:
+                piece = seat.read(tokens, seat.stop, seat.report)
+            if tokens and handle.timing.first_token is None:
+                handle.timing.first_token = time.perf_counter()
+                self.metrics.first_token(handle)
+            if piece:
+                handle.pieces.append(piece)
+                if not self._called_back(seat, piece):
+                    return
+            if seat.row.reason is Stop.FAILED:
+                self._end(handle, seat, "failed", RealmError(not_finite(f"request {handle.id!r}", seat.length)))
+            elif seat.row.reason is not None and not handle.done:
+                self._end(handle, seat, seat.row.reason.name.lower())
+
+    def _called_back(self, seat: Seat, piece: str) -> bool:
+        """Whether the request's callback took the piece; one that raises ends its own request and no other."""
+        handle = seat.handle
+        if handle.request.on_text is None:
+            return True
+        try:
+            handle.request.on_text(piece)
+        except Exception as error:
+            if not handle.done:
+                what = f"request {handle.id!r}: its on_text raised {type(error).__name__}: {error}"
+                failure = RealmError(what)
+                failure.__cause__ = error
+                self._end(handle, seat, "failed", failure)
+            return False
+        return not handle.done
+
+    def _end(self, handle: Handle, seat: Seat | None, reason: str, error: RealmError | None = None) -> None:
+        """The one ending of a request. seat: where it sat, None if it never did."""
+        completion: Completion | None = None
+        if error is None and seat is not None:
+            draft = self._draft_name if handle.request.speculate else None
+            completion = seat.completion(reason, self.slots, self._ran_on, draft)
+        elif error is None:
+            completion = Completion("", [], handle.prompt_tokens, reason, None, handle.logprobs)
+        handle.end(completion, error)
+        self._live.discard(handle.id)
+        self._finished.append(handle)
+        self.metrics.ended(handle, seat and seat.slot)
