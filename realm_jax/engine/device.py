@@ -1,7 +1,7 @@
 """What the engine does on the device: a fixed set of slots, and the few compiled functions that change them.
 
 Called by `engine.engine` alone. Every function has static shapes only: which rows are admitted, prefilled, decoded or
-ended, with which adapter, draft or sampling rule, are values. The state's buffers are reused: what is passed in is gone.
+ended, with which adapter, draft or sampling rule, are values. The buffers of the state that is passed in are reused.
 
 Shapes: B slots, S places of a slot, P rows of a prefill chunk, T its tokens, N tokens that a call can append, K top
 log-probabilities, G draft tokens a round.

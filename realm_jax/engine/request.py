@@ -5,17 +5,24 @@ import operator
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from realm_jax.decode.completion import Completion, TokenLogprob
 from realm_jax.decode.prompts import Prompt
 from realm_jax.decode.settings import Settings
 from realm_jax.errors import RealmError, RequestError
 
-if TYPE_CHECKING:
-    from realm_jax.engine.engine import Engine
-
 HIGHEST_PRIORITY = 2**31 - 1
+
+
+class Server(Protocol):
+    """What a handle asks of its engine."""
+
+    def advance(self, enough: Callable[[], bool]) -> None:
+        """Work until `enough()`, or no request is left."""
+
+    def cancel(self, handle: "Handle") -> bool:
+        """End a request; False if it had ended already."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +89,7 @@ class Handle:
     the other.
     """
 
-    def __init__(self, engine: "Engine", request: Request, id: str | int, tokens: list[int], settings: Settings):
+    def __init__(self, engine: Server, request: Request, id: str | int, tokens: list[int], settings: Settings):
         self.id, self.request, self.settings, self.prompt = id, request, settings, tokens
         self.text = ""
         self.tokens: list[int] = []

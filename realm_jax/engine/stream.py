@@ -2,12 +2,8 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from typing import TYPE_CHECKING
 
-from realm_jax.engine.request import Handle
-
-if TYPE_CHECKING:
-    from realm_jax.engine.engine import Engine
+from realm_jax.engine.request import Handle, Server
 
 
 class Stream(Iterator[str], AsyncIterator[str]):
@@ -18,7 +14,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
     failed.
     """
 
-    def __init__(self, engine: "Engine", handle: Handle):
+    def __init__(self, engine: Server, handle: Handle):
         self.handle = handle
         self._engine = engine
         self._taken = 0
