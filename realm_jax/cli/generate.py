@@ -1,6 +1,5 @@
 """`realm generate`: a prompt in, text out, as it comes; then what ran and how fast."""
 
-import dataclasses
 import itertools
 import sys
 import time
@@ -10,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from realm_jax.cli import output
-from realm_jax.cli.adapters import adapter_options, load_adapters, parse_adapter
+from realm_jax.cli.adapters import adapter_options, load_adapters
+from realm_jax.cli.decoding import draft_options, model_text
 from realm_jax.cli.options import common_options, file_argument, pre_option
 from realm_jax.cli.text import one_line, read_stdin, visible
 from realm_jax.errors import RequestError
@@ -78,21 +78,7 @@ def _parse_bias(_context: click.Context, _parameter: click.Parameter, values: tu
 @click.option(
     "--logprobs", metavar="N", type=click.IntRange(min=0), default=0, help="Report log-probabilities of N top tokens."
 )
-@click.option(
-    "--draft",
-    metavar="PATH|ngram|self:FORMAT",
-    help="Speculative decoding: what proposes tokens, of which MODEL keeps those that are right. A model of the same "
-    "vocabulary, what followed the last tokens before, or MODEL itself in a cheaper format (self:Q2_K; with only 3 of "
-    "its layers: self:Q2_K:3).",
-)
-@click.option("--draft-tokens", metavar="G", type=int, default=4, show_default=True, help="Tokens proposed a round.")
-@click.option("--draft-adaptive", is_flag=True, help="Propose fewer where fewer are accepted, at most G.")
-@click.option(
-    "--draft-adapter",
-    metavar="PATH[:SCALE]",
-    callback=lambda _context, _parameter, value: value and [parse_adapter(value)],
-    help="LoRA adapter of the draft model.",
-)
+@draft_options
 @adapter_options
 @pre_option
 @common_options
@@ -164,7 +150,7 @@ def _as_json(model: "Model", completion: "Completion") -> dict[str, Any]:
         "prompt_tokens": completion.prompt_tokens,
         "tokens_per_second": stats.tokens_per_second,
         "stop_reason": completion.stop_reason,
-        "speculative": _speculative_json(stats.speculative),
+        "speculative": stats.speculative and stats.speculative.as_dict(),
         "prefill_seconds": stats.prefill_seconds,
         "decode_seconds": stats.decode_seconds,
         "compile_seconds": stats.compile_seconds,
@@ -184,12 +170,6 @@ def _as_json(model: "Model", completion: "Completion") -> dict[str, Any]:
             for entry in completion.logprobs
         ]
     return result
-
-
-def _speculative_json(ahead: "Speculative | None") -> dict[str, Any] | None:
-    if ahead is None:
-        return None
-    return dataclasses.asdict(ahead) | {"mean_accepted": ahead.mean_accepted, "forwards_saved": ahead.forwards_saved}
 
 
 def _speculative_text(ahead: "Speculative | None") -> str:
@@ -218,32 +198,14 @@ def _summary(model: "Model", completion: "Completion", load_seconds: float, adap
     """What ran and how fast, for a person."""
     stats = completion.stats
     reason = {"eos": "end of text", "stop": "stop string", "length": "length reached"}[completion.stop_reason]
-    weights, formats = _weights(model)
-    architecture = model.config.architecture
     lines = {
         "speed": f"{len(completion.tokens)} tokens in {stats.decode_seconds:.2f} s: "
         f"{stats.tokens_per_second:.1f} tokens/s ({reason})",
         "before": f"{load_seconds:.2f} s to load, {stats.compile_seconds:.2f} s to compile, "
         f"{stats.prefill_seconds:.2f} s for {completion.prompt_tokens} prompt tokens",
-        "model": f"{model.origin.source}: {architecture}, {output.count_text(weights)} weights: {formats}",
+        "model": model_text(model),
         "adapter": ", ".join(f"{a['path']} (scale {a['scale']:g})" for a in adapters),
         "draft": _speculative_text(stats.speculative),
         "ran on": f"{stats.device}, matmul: {stats.matmul}",
     }
     return "\n".join(one_line(f"  {name:9}{value}") for name, value in lines.items() if value)
-
-
-def _weights(model: "Model") -> tuple[int, str]:
-    """Number of weights, and the formats that hold most of them: `Q4_K 80%, Q6_K 19%`."""
-    import jax
-
-    from realm_jax.quant.tensor import QuantizedTensor
-
-    dense = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-    sizes: dict[str, int] = {}
-    for weight in jax.tree.leaves(model.params, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor)):
-        name = weight.format if isinstance(weight, QuantizedTensor) else dense[weight.dtype.name]
-        sizes[name] = sizes.get(name, 0) + weight.size
-    total = sum(sizes.values())
-    largest = sorted(sizes.items(), key=lambda item: -item[1])
-    return total, ", ".join(f"{name} {size / total:.0%}" for name, size in largest if size >= total / 200)

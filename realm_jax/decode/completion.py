@@ -1,6 +1,7 @@
 """What generation returns: plain frozen records for the host. Made by `decode.batch`."""
 
 import dataclasses
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,10 @@ class Speculative:
     def forwards_saved(self) -> int:
         """Target forward passes that plain decoding would have needed beyond these."""
         return self.tokens - self.rounds
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, `mean_accepted` and `forwards_saved` too, as JSON can hold it."""
+        return dataclasses.asdict(self) | {"mean_accepted": self.mean_accepted, "forwards_saved": self.forwards_saved}
 
 
 @dataclasses.dataclass(frozen=True)

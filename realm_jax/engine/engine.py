@@ -71,7 +71,9 @@ class Engine:
         self._stack = stack(list(adapters.values()), model) if adapters else None
         if draft is None and draft_adapter is not None:
             raise RequestError("draft_adapter is for a draft, and none was given")
-        ahead = draft and prepare_draft(model, draft, draft_tokens, adaptive=draft_adaptive, adapter=draft_adapter)
+        ahead = None
+        if draft is not None:
+            ahead = prepare_draft(model, draft, draft_tokens, adaptive=draft_adaptive, adapter=draft_adapter)
         self._draft, self._draft_name = (ahead.draft, ahead.name) if ahead else (None, None)
         self.max_len = min(max_len, model.config.context_length)
         self.limits = Limits(
@@ -90,7 +92,7 @@ class Engine:
         self._waiting, self._seats, self._free = Waiting(), dict[int, Seat](), list(range(self.slots))
         self._ending: set[int] = set()
         self._flying: tuple[device.Report, list[Seat], float, dict[str, int]] | None = None
-        self._ids, self._live = itertools.count(), set[str | int]()
+        self._ids, self._open, self._sat = itertools.count(), dict[str | int, Handle](), dict[str | int, Seat]()
         self._finished: list[Handle] = []
         self._running, self._queue, self._closed, self._stepping = threading.RLock(), threading.RLock(), "", False
 
@@ -99,14 +101,14 @@ class Engine:
         tokens, settings = check(self.model, request, self.limits)
         with self._queue:
             self._check_open()
-            if request.id is not None and request.id in self._live:
+            if request.id is not None and request.id in self._open:
                 raise RequestError(f"request {request.id!r}: another one of that id has not ended; give another id")
-            id = request.id if request.id is not None else next(i for i in self._ids if i not in self._live)
+            id = request.id if request.id is not None else next(i for i in self._ids if i not in self._open)
             handle = Handle(self, request, id, tokens, settings)
-            self._live.add(id)
+            self._open[id] = handle
             self.metrics.submitted(handle)
             if settings.max_new_tokens == 0 or len(tokens) >= self.model.config.context_length:
-                self._end(handle, None, "length")
+                self._end(handle, "length")
             else:
                 self._waiting.push(handle)
         return handle
@@ -132,6 +134,11 @@ class Engine:
         """Work until no request is left; returns those that have ended since the last time, in the order they did."""
         while self.step():
             pass
+        return self.take_finished()
+
+    def take_finished(self) -> list[Handle]:
+        """The requests that have ended since the last time, in the order they did; whoever calls `step` asks now and
+        then, or they are held for ever."""
         with self._queue:
             finished, self._finished = self._finished, []
         return finished
@@ -152,9 +159,12 @@ class Engine:
         with self._queue:
             if handle.done:
                 return False
+            if self._open.get(handle.id) is not handle:
+                raise RequestError(
+                    f"request {handle.id!r} is not one of this engine's: cancel it where it was submitted"
+                )
             self._waiting.remove(handle)
-            seat = next((seat for seat in self._seats.values() if seat.handle is handle), None)
-            self._end(handle, seat, "cancelled")
+            self._end(handle, "cancelled")
             return True
 
     def close(self) -> None:
@@ -169,9 +179,14 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compile everything that any traffic can need; only before the first request, or when none is left."""
-        with self._running, self._unbroken():
-            if self._seats or self._flying:
+        with self._running:
+            self._check_open()
+            if self._seats or self._flying or self._stepping:
                 raise RealmError("an engine can be warmed up only while no request is being served")
+            self._compile()
+
+    def _compile(self) -> None:
+        with self._unbroken():
             self._device = device.admit(self._device, self._admission([]))
             for rows, chunk in self._shapes.prefills:
                 self._fill([], rows, chunk)
@@ -215,7 +230,9 @@ class Engine:
         except BaseException as error:
             why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
             self._shut(f"it broke off ({why})", RealmError(f"the engine broke off ({why})"))
-            raise
+            if isinstance(error, RealmError) or not isinstance(error, Exception):
+                raise
+            raise RealmError(f"the engine broke off ({why})") from error
         finally:
             self._stepping = False
 
@@ -224,12 +241,9 @@ class Engine:
             if self._closed:
                 return
             self._closed = why
-            open_ones = [(seat.handle, seat) for seat in self._seats.values()]
-            while (handle := self._waiting.pop()) is not None:
-                open_ones.append((handle, None))
-            for handle, seat in open_ones:
-                if not handle.done:
-                    self._end(handle, seat, "cancelled", error)
+            for handle in list(self._open.values()):
+                self._waiting.remove(handle)
+                self._end(handle, "cancelled", error)
             self._seats.clear()
             self._device = self._prefixes = self._flying = self._stack = None
 
@@ -252,7 +266,9 @@ class Engine:
             seat.length, seat.stop, seat.report = seat.length + count, int(report.stop_B[seat.slot]), report
             appended += count
             # Stop strings decide who sits where next; all other text can wait until the device is at work again.
-            piece = seat.read(tokens, seat.stop, report) if seat.handle.settings.stop else None
+            with self._queue:
+                reads = seat.handle.settings.stop and not seat.handle.done
+                piece = seat.read(tokens, seat.stop, report) if reads else None
             arrived.append((seat, (piece, tokens)))
         self.metrics.call(seconds=time.perf_counter() - since, tokens=appended, **numbers)
         return arrived
@@ -274,7 +290,7 @@ class Engine:
             while self._free and (handle := self._waiting.pop()) is not None:
                 slot = heapq.heappop(self._free)
                 seat = Seat(slot, handle, self._adapters.get(handle.request.adapter, 0), self.model.tokenizer)
-                self._seats[slot] = seat
+                self._seats[slot] = self._sat[handle.id] = seat
                 self._ending.discard(slot)
                 handle.status, handle.timing.admitted = "prefill", time.perf_counter()
                 self.metrics.admitted(handle, slot)
@@ -391,31 +407,35 @@ class Engine:
                 self.metrics.first_token(handle)
             if piece:
                 handle.pieces.append(piece)
-                if not self._called_back(seat, piece):
-                    return
-            if seat.row.reason is Stop.FAILED:
-                self._end(handle, seat, "failed", RealmError(not_finite(f"request {handle.id!r}", seat.length)))
-            elif seat.row.reason is not None and not handle.done:
-                self._end(handle, seat, seat.row.reason.name.lower())
+        # Without the lock: a callback may wait for another thread, and that one for the lock.
+        error = self._call_back(handle, piece) if piece else None
+        with self._queue:
+            if handle.done:
+                return
+            if error is not None:
+                self._end(handle, "failed", error)
+            elif seat.row.reason is Stop.FAILED:
+                self._end(handle, "failed", RealmError(not_finite(f"request {handle.id!r}", seat.length)))
+            elif seat.row.reason is not None:
+                self._end(handle, seat.row.reason.name.lower())
 
-    def _called_back(self, seat: Seat, piece: str) -> bool:
-        """Whether the request's callback took the piece; one that raises ends its own request and no other."""
-        handle = seat.handle
+    def _call_back(self, handle: Handle, piece: str) -> RealmError | None:
+        """Give the request's callback a piece; if it raises, that ends its own request and no other."""
         if handle.request.on_text is None:
-            return True
+            return None
         try:
             handle.request.on_text(piece)
         except Exception as error:
-            if not handle.done:
-                what = f"request {handle.id!r}: its on_text raised {type(error).__name__}: {error}"
-                failure = RealmError(what)
-                failure.__cause__ = error
-                self._end(handle, seat, "failed", failure)
-            return False
-        return not handle.done
+            why = str(error).splitlines()[0] if str(error) else "no message"
+            failure = RealmError(f"request {handle.id!r}: its on_text raised {type(error).__name__}: {why}")
+            failure.__cause__ = error
+            return failure
+        return None
 
-    def _end(self, handle: Handle, seat: Seat | None, reason: str, error: RealmError | None = None) -> None:
-        """The one ending of a request. seat: where it sat, None if it never did."""
+    def _end(self, handle: Handle, reason: str, error: RealmError | None = None) -> None:
+        """The one ending of a request, which may wait, sit in a slot, or have left it with its last text unread."""
+        del self._open[handle.id]
+        seat = self._sat.pop(handle.id, None)
         completion: Completion | None = None
         if error is None and seat is not None:
             draft = self._draft_name if handle.request.speculate else None
@@ -423,6 +443,5 @@ class Engine:
         elif error is None:
             completion = Completion("", [], handle.prompt_tokens, reason, None, handle.logprobs)
         handle.end(completion, error)
-        self._live.discard(handle.id)
         self._finished.append(handle)
         self.metrics.ended(handle, seat and seat.slot)
