@@ -160,9 +160,7 @@ class Engine:
             if handle.done:
                 return False
             if self._open.get(handle.id) is not handle:
-                raise RequestError(
-                    f"request {handle.id!r} is not one of this engine's: cancel it where it was submitted"
-                )
+                raise RequestError(f"request {handle.id!r} is another engine's: cancel it there")
             self._waiting.remove(handle)
             self._end(handle, "cancelled")
             return True
