@@ -104,4 +104,5 @@ def next_length(draft: Draft, tally: Tally, acceptance_B: jax.Array, propose_B: 
         overall_B = tally.accepted_BG.sum(1) / jnp.maximum(seen_B, 1)
         loses_B = expected_speedup(overall_B, draft.tokens, draft.cost) < LOSS
         next_B = jnp.where(loses_B & (seen_B >= 4 * PATIENCE), 0, draft.tokens)
-    return jnp.where(propose_B == 0, 0, next_B)
+    # The type is said: that of two Python numbers would be a weak one, and compile once more all that takes it.
+    return jnp.where(propose_B == 0, 0, next_B).astype(jnp.int32)
