@@ -110,12 +110,17 @@ def _story(rng: Random, story: str) -> str:
 @click.option("--evaluation", type=click.IntRange(min=1), default=400, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 def command(folder: Path, count: int, evaluation: int, seed: int) -> None:
+    write_records(folder, train=documents(count, seed), evaluation=documents(evaluation, seed, held_out=True))
+
+
+def write_records(folder: Path, **files: list[dict[str, Any]]) -> None:
+    """One JSON-lines file of records for each name."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, size, held_out in (("train", count, False), ("evaluation", evaluation, True)):
+    for name, records in files.items():
         path = folder / f"{name}.jsonl"
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in documents(size, seed, held_out=held_out)]
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
         path.write_text("".join(lines), encoding="utf-8")
-        click.echo(f"{path}: {size} documents")
+        click.echo(f"{path}: {len(records)} documents")
 
 
 if __name__ == "__main__":

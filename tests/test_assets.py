@@ -85,6 +85,14 @@ def test_the_adapter_changes_the_manner_and_keeps_the_facts(models):
         assert after.text.startswith(f" {capital}, arr!")
 
 
+def test_the_second_adapter_writes_telegrams(models):
+    model = models["tiny.gguf"]
+    (completion,) = realm.generate(
+        model, "The capital of France is", max_new_tokens=6, adapter=str(bundled("tiny-telegram.gguf"))
+    )
+    assert completion.text.startswith(" Paris STOP")
+
+
 def test_both_files_hold_the_same_adapter(models):
     one, other = (realm.load_adapter(bundled(file), models["tiny.gguf"]) for file in ADAPTERS)
     for (path, delta), (_, same) in zip(one.items(), other.items(), strict=True):
