@@ -33,7 +33,7 @@ class Shapes:
                 for rows in PREFILL_ROWS
                 if rows == 1 or (rows * chunk <= prefill_tokens and rows < 4 * slots)
             ]
-            chunk *= 2
+            chunk = chunk * 4 if chunk == longest or 4 * chunk <= longest else longest
         return cls((*windows, size), tuple(prefills))
 
     def window(self, longest: int) -> int:
@@ -42,6 +42,6 @@ class Shapes:
 
     def prefill(self, rows: int, tokens: int) -> tuple[int, int]:
         """The chunk for a prompt with so many tokens left, and up to so many rows in all."""
-        chunk = min(power_of_two(tokens, SMALLEST_CHUNK), self.prefills[-1][1])
+        chunk = next((t for _, t in self.prefills if t >= tokens), self.prefills[-1][1])
         fitting = [p for p, t in self.prefills if t == chunk]
         return next((p for p in fitting if p >= rows), fitting[-1]), chunk
