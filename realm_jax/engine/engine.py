@@ -10,6 +10,7 @@ import heapq
 import itertools
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
@@ -93,7 +94,8 @@ class Engine:
         self._ending: set[int] = set()
         self._flying: tuple[device.Report, list[Seat], float, dict[str, int]] | None = None
         self._ids, self._open, self._sat = itertools.count(), dict[str | int, Handle](), dict[str | int, Seat]()
-        self._finished: list[Handle] = []
+        self._finished: dict[Handle, None] = {}
+        self._abandoned: deque[Handle] = deque()
         self._running, self._queue, self._closed, self._stepping = threading.RLock(), threading.RLock(), "", False
 
     def submit(self, request: Request) -> Handle:
@@ -120,6 +122,9 @@ class Engine:
             if self._stepping:
                 raise RealmError("a callback cannot run the engine: it is in the middle of a step")
             with self._unbroken():
+                while self._abandoned:
+                    self.cancel(self._abandoned[0])
+                    self.forget(self._abandoned.popleft())
                 arrived = self._collect()
                 idle_since = time.perf_counter()
                 self._leave()
@@ -128,10 +133,13 @@ class Engine:
                 self._decode(idle_since if arrived else None)
                 for seat, piece in arrived:
                     self._deliver(seat, piece)
-                return bool(self._seats or len(self._waiting) or self._flying)
+                return bool(self._seats or len(self._waiting) or self._flying or self._abandoned)
 
     def run(self) -> list[Handle]:
-        """Work until no request is left; returns those that have ended since the last time, in the order they did."""
+        """Work until no request is left; returns those that have ended since the last time, in the order they did.
+
+        Not among them: streams, and those whose `result` somebody has asked for.
+        """
         while self.step():
             pass
         return self.take_finished()
@@ -140,8 +148,8 @@ class Engine:
         """The requests that have ended since the last time, in the order they did; whoever calls `step` asks now and
         then, or they are held for ever."""
         with self._queue:
-            finished, self._finished = self._finished, []
-        return finished
+            finished, self._finished = self._finished, {}
+        return list(finished)
 
     def advance(self, enough: Callable[[], bool]) -> None:
         """Work until `enough()`, or no request is left."""
@@ -164,6 +172,17 @@ class Engine:
             self._waiting.remove(handle)
             self._end(handle, "cancelled")
             return True
+
+    def forget(self, handle: Handle) -> None:
+        """For handles and streams: the request's ending has been told."""
+        self._finished.pop(handle, None)
+
+    def abandon(self, handle: Handle) -> None:
+        """For streams that nobody holds any more, at whatever moment: takes no lock; cancels at the next step."""
+        if handle.done:
+            self.forget(handle)
+        else:
+            self._abandoned.append(handle)
 
     def close(self) -> None:
         """Cancel what has not ended, and give the memory back. Closing again does nothing."""
@@ -360,7 +379,9 @@ class Engine:
 
     def _read(self, seat: Seat) -> None:
         """A prompt is in the cache: the seat decodes from now on, and others may begin with what it has."""
-        seat.ready_at, seat.handle.status = time.perf_counter(), "decode"
+        seat.ready_at = time.perf_counter()
+        if not seat.handle.done:
+            seat.handle.status = "decode"
         row = self._index.keep(seat.adapter, seat.tokens[:-1])
         if row is not None:
             numbers = (jnp.int32(n) for n in (row, seat.slot, seat.filled))
@@ -441,5 +462,5 @@ class Engine:
         elif error is None:
             completion = Completion("", [], handle.prompt_tokens, reason, None, handle.logprobs)
         handle.end(completion, error)
-        self._finished.append(handle)
+        self._finished[handle] = None
         self.metrics.ended(handle, seat and seat.slot)

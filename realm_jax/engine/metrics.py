@@ -1,6 +1,7 @@
 """What the engine measures: events as they happen, and their sums. Pure host code, called by the engine."""
 
 import time
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,7 +17,7 @@ Event = Mapping[str, Any]
 
 
 class Metrics:
-    """Counts and latencies. on_event: called with each event, a flat dict that JSON can hold.
+    """Counts and latencies. on_event: called with each event, a flat dict that JSON can hold; must not call the engine.
 
     Events have "event" and "time" (seconds since the engine was made): "submitted" (id, prompt_tokens), "admitted" (id,
     slot, adapter, waited, cached), "first_token" (id, seconds since submission), "ended" (id, slot or null, reason,
@@ -64,7 +65,7 @@ class Metrics:
         seconds = timing.ended - timing.submitted
         if tokens:
             self._speed.append(tokens / max(timing.ended - timing.admitted, 1e-9))
-        if tokens > 1:
+        if tokens > 1 and timing.first_token is not None:  # one may end with tokens that nobody has been told of
             self._between.append((timing.ended - timing.first_token) / (tokens - 1))
         ahead = handle.completion and handle.completion.stats and handle.completion.stats.speculative
         drafted, accepted = (ahead.drafted, ahead.accepted) if ahead else (0, 0)
@@ -117,8 +118,14 @@ class Metrics:
         }
 
     def _emit(self, event: str, **fields: Any) -> None:
-        if self._on_event is not None:
+        if self._on_event is None:
+            return
+        try:
             self._on_event({"event": event, "time": time.perf_counter() - self._started, **fields})
+        except Exception as error:
+            self._on_event = None
+            why = f"on_event raised {type(error).__name__} at {event!r} and is not called again: {error}"
+            warnings.warn(why, RuntimeWarning, stacklevel=1)
 
 
 def _quantiles(values: deque[float]) -> dict[str, float] | None:

@@ -24,6 +24,12 @@ class Server(Protocol):
     def cancel(self, handle: "Handle") -> bool:
         """End a request; False if it had ended already."""
 
+    def forget(self, handle: "Handle") -> None:
+        """The request's ending has been told."""
+
+    def abandon(self, handle: "Handle") -> None:
+        """Nobody waits for this request any more."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Request(Settings):
@@ -118,6 +124,7 @@ class Handle:
         """The completion; runs the engine until there is one. Raises the request's error if it failed."""
         while not self.done:
             self._engine.advance(lambda: self.done)
+        self._engine.forget(self)
         if self.error is not None:
             raise self.error
         return self.completion

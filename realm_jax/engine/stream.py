@@ -41,6 +41,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
     def close(self) -> None:
         """Cancel the request if it has not ended."""
         self.handle.cancel()
+        self._engine.forget(self.handle)
 
     async def aclose(self) -> None:
         """As `close`."""
@@ -59,7 +60,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        self._engine.abandon(self.handle)
 
     def _is_ready(self) -> bool:
         return self._taken < len(self.handle.pieces) or self.handle.done
@@ -70,6 +71,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
         self._taken += len(pieces)
         if pieces:
             return "".join(pieces)
+        self._engine.forget(self.handle)
         if self.handle.error is not None:
             raise self.handle.error
         return None
