@@ -19,6 +19,7 @@ import numpy as np
 
 from realm_jax.errors import RequestError
 from realm_jax.lora.stack import AdapterLike, deltas_for
+from realm_jax.model.cache import KVCache
 from realm_jax.model.config import Config
 from realm_jax.model.model import Model
 from realm_jax.model.params import Params
@@ -155,14 +156,17 @@ def score(
     adapter: AdapterLike | None = None,
     reference: Model | None = None,
     reference_adapter: AdapterLike | None = None,
+    cache_dtype: str | None = None,
     batch: int | None = None,
     on_chunks: Callable[[int], None] | None = None,
 ) -> Scores:
     """Scores the second half of every chunk, `batch` chunks in a step (None: as many as memory allows, at most 8).
 
-    chunks_NT: int32 token ids. adapter, reference_adapter: what the model and the reference run with. on_chunks: called
-    with the number of chunks of each step when it is done. Raises RequestError where a token id is not in the
-    vocabulary, or the reference has another vocabulary; AdapterError for an adapter that does not fit.
+    chunks_NT: int32 token ids. adapter, reference_adapter: what the model and the reference run with. cache_dtype: one
+    of `model.cache.DTYPES`; the model then reads keys and values from a cache of this type, as decoding does, and the
+    reference runs without one; None: neither has a cache. on_chunks: called with the number of chunks of each step when
+    it is done. Raises RequestError where a token id is not in the vocabulary, the reference has another vocabulary, or
+    the type of cache is none; AdapterError for an adapter that does not fit.
     """
     vocab_size = model.config.vocab_size
     if chunks_NT.size and not (chunks_NT.min() >= 0 and chunks_NT.max() < vocab_size):
@@ -175,7 +179,7 @@ def score(
     deltas = tuple(deltas_for(m, a) for m, a in zip(models, (adapter, reference_adapter), strict=False))
     steps = []
     for rows, chunks_BT in batches(chunks_NT, min(batch, len(chunks_NT))):
-        scored = jax.tree.map(np.asarray, _score_step(params, configs, chunks_BT, deltas))
+        scored = jax.tree.map(np.asarray, _score_step(params, configs, chunks_BT, deltas, cache_dtype))
         steps.append(jax.tree.map(lambda x, rows=rows: x[:rows], scored))
         if on_chunks:
             on_chunks(rows)
@@ -195,16 +199,24 @@ def batches(chunks_NT: np.ndarray, batch: int) -> Iterator[tuple[int, np.ndarray
         yield len(chunks), np.concatenate([chunks, fill])
 
 
-@functools.partial(jax.jit, static_argnames="configs")
+@functools.partial(jax.jit, static_argnames=("configs", "cache_dtype"))
 def _score_step(
-    params: tuple[Params, ...], configs: tuple[Config, ...], tokens_BT: jax.Array, deltas: tuple[Params | None, ...]
+    params: tuple[Params, ...],
+    configs: tuple[Config, ...],
+    tokens_BT: jax.Array,
+    deltas: tuple[Params | None, ...],
+    cache_dtype: str | None = None,
 ) -> dict[str, jax.Array]:
-    """The arrays of `Scores`, (B, W), of one model or of a model and its reference."""
+    """The arrays of `Scores`, (B, W), of one model or of a model and its reference, which has no cache."""
     B, T = tokens_BT.shape
     first = T // 2
     target_BW = tokens_BT[:, first + 1 :]
     models = list(zip(params, configs, deltas, strict=True))
-    hidden = [run(p, c, tokens_BT, deltas=d)[0][:, first : T - 1] for p, c, d in models]
+    caches = [None if cache_dtype is None else KVCache.create(configs[0], B, T, cache_dtype), None]
+    hidden = [
+        run(p, c, tokens_BT, cache, deltas=d)[0][:, first : T - 1]
+        for (p, c, d), cache in zip(models, caches, strict=False)
+    ]
 
     def score_block(block: tuple[jax.Array, list[jax.Array]]) -> dict[str, jax.Array]:
         target_P, hidden_PD = block
@@ -252,15 +264,35 @@ def text_chunks(model: Model, text: str, context: int) -> np.ndarray:
 
 
 def perplexity(
-    model: Model, text: str, *, context: int = 512, adapter: AdapterLike | None = None, batch: int | None = None
+    model: Model,
+    text: str,
+    *,
+    context: int = 512,
+    adapter: AdapterLike | None = None,
+    cache_dtype: str | None = None,
+    batch: int | None = None,
 ) -> Perplexity:
-    """Perplexity of a text, comparable with llama.cpp's at the same context. Raises RequestError for a short text."""
-    return Perplexity.of(score(model, text_chunks(model, text, context), adapter=adapter, batch=batch).nll)
+    """Perplexity of a text, comparable with llama.cpp's at the same context. Raises RequestError for a short text.
+
+    cache_dtype: as in `score`.
+    """
+    chunks_NT = text_chunks(model, text, context)
+    return Perplexity.of(score(model, chunks_NT, adapter=adapter, cache_dtype=cache_dtype, batch=batch).nll)
 
 
 def compare(
-    model: Model, reference: Model, text: str, *, context: int = 512, batch: int | None = None
+    model: Model,
+    reference: Model,
+    text: str,
+    *,
+    context: int = 512,
+    cache_dtype: str | None = None,
+    batch: int | None = None,
 ) -> tuple[Perplexity, Divergence]:
-    """Perplexity of a text and the divergence from a reference model, over the same tokens. Errors as `score`."""
-    scores = score(model, text_chunks(model, text, context), reference=reference, batch=batch)
+    """Perplexity of a text and the divergence from a reference model, over the same tokens. Errors as `score`.
+
+    cache_dtype: of the model, as in `score`; with the model itself as its reference, the divergence is what it costs.
+    """
+    chunks_NT = text_chunks(model, text, context)
+    scores = score(model, chunks_NT, reference=reference, cache_dtype=cache_dtype, batch=batch)
     return Perplexity.of(scores.nll), Divergence.of(scores)

@@ -39,6 +39,7 @@ class Commands(click.Group):
     """Loads the module of a command when it is asked for; each has a click command named `command`."""
 
     NAMES = (
+        "batch",
         "convert-adapter",
         "finetune",
         "generate",

@@ -35,6 +35,12 @@ DEFAULT_CONTEXT = 512  # llama.cpp's
     help="Model to compare with: KL divergence and how often both put the same token first.",
 )
 @click.option(
+    "--cache-dtype",
+    metavar="TYPE",
+    help="Read keys and values from a cache of this type, as decoding does: float32, bfloat16, float16 or int8 "
+    "(default: no cache). With MODEL itself as --reference, which has none, the divergence is its cost.",
+)
+@click.option(
     "--batch",
     metavar="N",
     type=click.IntRange(min=1),
@@ -48,6 +54,7 @@ def command(
     textfile: Path,
     context: int | None,
     reference: Path | None,
+    cache_dtype: str | None,
     batch: int | None,
     adapter: list[tuple[Path, float]],
     skip_misfits: bool,
@@ -83,6 +90,7 @@ def command(
             chunks,
             adapter=adapters,
             reference=compared,
+            cache_dtype=cache_dtype,
             batch=batch,
             on_chunks=lambda count: bar.advance(task, count),
         )
@@ -90,6 +98,7 @@ def command(
     own = Perplexity.of(scores.nll)
     divergence = Divergence.of(scores) if compared else None
     facts = {"tokens": scores.nll.size, "chunks": len(chunks), "context": context, "seconds": seconds}
+    facts["cache_dtype"] = cache_dtype
     if as_json:
         output.print_json(_as_json(own, divergence) | facts)
     else:

@@ -35,9 +35,9 @@ class KVCache:
     key or value is 127 steps of its scale at most. length_B: int32, tokens that count in each row. Positions at or
     after `length_B` hold leftovers that no query sees, so taking tokens back (a rejected draft) is
     `cache.replace(length_B=smaller)`: nothing is copied. broken_B: int32, the first place of a row whose key or value
-    is not finite (0 is stored in its stead, and every query that sees the place gives NaN), or UNBROKEN: so whatever
-    a row leaves behind, those after it never meet. window: static; attention reads the first so many places only (all,
-    where None); the caller sees to it that no row is longer.
+    is not finite, or beyond what the cache's type can hold (0 is stored in its stead, and every query that sees the
+    place gives NaN), or UNBROKEN: so whatever a row leaves behind, those after it never meet. window: static; attention
+    reads the first so many places only (all, where None); the caller sees to it that no row is longer.
     """
 
     k: jax.Array
@@ -75,11 +75,13 @@ class KVCache:
     def write(self, layer: int, row_B: jax.Array, place_BT: jax.Array, k: jax.Array, v: jax.Array) -> "KVCache":
         """With the keys and values (B, T, K, C) of new tokens of a layer in rows `row_B`; places >= S are dropped."""
         at = (layer, row_B[:, None], place_BT)
-        bad_BT = ~jnp.all(jnp.isfinite(k) & jnp.isfinite(v), axis=(2, 3)) & (place_BT < self.size)
+        # Not only what is infinite now, but also what would be in a float16 cache.
+        largest = jnp.finfo(jnp.float32 if self.k_scale is not None else self.k.dtype).max
+        bad_BT = ~jnp.all((jnp.abs(k) <= largest) & (jnp.abs(v) <= largest), axis=(2, 3)) & (place_BT < self.size)
         first_B = jnp.min(jnp.where(bad_BT, place_BT, UNBROKEN), axis=1)
         stored = {"broken_B": self.broken_B.at[row_B].min(first_B, mode="drop")}
         for name, x_BTKC in (("k", k), ("v", v)):
-            x_BTKC = jnp.where(jnp.isfinite(x_BTKC), x_BTKC, 0)
+            x_BTKC = jnp.where(jnp.abs(x_BTKC) <= largest, x_BTKC, 0)
             scale = getattr(self, f"{name}_scale")
             if scale is not None:
                 x_BTKC, scale_BTK = to_int8(x_BTKC)

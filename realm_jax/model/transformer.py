@@ -41,7 +41,8 @@ def run(
     stand at positions 0..T-1 and see only each other. With one, token t of row b stands at position
     `cache.length_B[b] + t`; the caller sees to it that the real ones fit in `cache.size`. The
     returned cache has `length_B + count_B`; padding is not written. Hidden states of a token that sees a key or value
-    that is not finite are NaN; no other token's are.
+    there that is not finite, or too large for the cache's type, are NaN, and those of tokens before it are as ever;
+    without a cache, a value that is not finite breaks its whole row.
 
     rows_B: int32, for a part of the cache's rows: which one each row of tokens belongs to, no two the same; a number
     past the last is for padding (with a count of 0). None: all of them in order. deltas: an adapter fitted to these
