@@ -5,6 +5,7 @@ import inspect
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -22,11 +23,12 @@ from realm_jax.cli.main import run
 from realm_jax.engine.batch import AHEAD
 from realm_jax.engine.metrics import Metrics
 from realm_jax.engine.request_lines import KEYS, make_request, open_requests, read_lines
+from realm_jax.engine.results import ResultsFile
 from realm_jax.engine.settings import EngineSettings
 from realm_jax.gguf.chat import chat_text
 
 SLOTS = 2
-FEW = ["--slots", SLOTS, "--prefix-rows", 2]
+FEW = ["--slots", SLOTS, "--prefix-rows", 0]
 PLAIN = [{"id": f"r{i}", "prompt": "the thin word"[i:], "max_new_tokens": 3 + 2 * i} for i in range(6)]
 
 
@@ -168,6 +170,7 @@ def test_a_draft_runs_ahead_of_those_who_want_it(cli, capsys, model_file, files)
     want = json.loads(capsys.readouterr()[0])
     assert ahead["speculative"] == want["speculative"] and ahead["tokens"] == alone["tokens"] == want["tokens"]
     assert "speculative" not in alone
+    assert json.loads(printed)["draft"] == "ngram"
     assert json.loads(printed)["metrics"]["drafted"] == want["speculative"]["drafted"] > 0
 
 
@@ -293,6 +296,27 @@ def test_two_runs_do_not_write_to_one_file(cli, model_file, files):
         for more in ([], ["--overwrite"]):
             assert "another run writes to it" in one_error(cli(model_file, requests, "--out", out, *more))
     assert out.exists(), "who is refused takes nothing away"
+
+
+def test_a_full_disk_is_said_and_takes_no_result_away(files):
+    _, out = files
+    result = {"id": 1, "text": "x", "tokens": [1], "stop_reason": "eos", "error": None}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with ResultsFile(out) as results:
+        results.begin()
+        results.append(1, result)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (out.stat().st_size + 10, limits[1]))
+            with pytest.raises(realm.RealmError, match=r"results.jsonl: cannot be written: File too large"):
+                results.append(2, result | {"id": 2})
+            results.__exit__()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert out.read_bytes().endswith(b'{"id": 2, ')
+    with ResultsFile(out) as results:
+        assert results.done == {1: False}
+        results.begin()
+    assert read(out) == [result]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("the device is gone")], ids=repr)

@@ -147,9 +147,12 @@ def command(
             _say_how_to_go_on(job, results, overwrite)
             raise
         counts = {"requests": job.total, "done_before": job.done, "done_now": results.appended}
-        report = counts | {"errors": job.errors + results.errors, "out": str(out)} | report
+        _tell(counts | {"errors": job.errors + results.errors, "out": str(out)} | report, as_json)
+
+
+def _tell(report: dict[str, Any], as_json: bool) -> None:
     if report["errors"]:
-        said = f'{report["errors"]} of {job.total} requests have errors: see "error" in {out}'
+        said = f'{report["errors"]} of {report["requests"]} requests have errors: see "error" in {report["out"]}'
         click.echo(one_line(said), err=True)
     if as_json:
         output.print_json(report)
@@ -260,6 +263,7 @@ def _serve(
             "metrics": engine.metrics.summary(),
             "device_tokens_per_second": tally.tokens_per_second,
             "adapters": dict(tally.adapters),
+            "draft": options["draft"],
             "slots": engine.slots,
             "max_len": engine.max_len,
             "device": device,

@@ -104,9 +104,8 @@ def summary_table(report: Mapping[str, Any]) -> "Table":
         "first token": _both(numbers["first_token_seconds"]),
         "between tokens": _both(numbers["between_tokens_seconds"]),
         "slots": f"{report['slots']} of {report['max_len']:,} tokens, {numbers['occupancy']:.0%} occupied",
-        "draft": f"{numbers['acceptance']:.0%} of {numbers['drafted']:,} draft tokens accepted"
-        if numbers["drafted"]
-        else "",
+        "draft": report["draft"]
+        and f"{report['draft']}: {numbers['accepted']:,} of {numbers['drafted']:,} draft tokens accepted",
         "model": report["model"],
         "ran on": f"{report['device']}, matmul: {report['matmul']}",
         "results": report["out"],
@@ -117,8 +116,8 @@ def summary_table(report: Mapping[str, Any]) -> "Table":
 
 
 def _requests(report: Mapping[str, Any]) -> str:
-    text = f"{report['requests']}: {report['done_before']} done before, {report['done_now']} now"
-    return text + (f"; {report['errors']} have errors" if report["errors"] else "")
+    text = f"{report['requests']:,}: {report['done_before']:,} done before, {report['done_now']:,} now"
+    return text + (f"; {report['errors']:,} have errors" if report["errors"] else "")
 
 
 def _counted(counts: Mapping[str, int]) -> str:

@@ -3,6 +3,7 @@
 Of a run that was killed, whole lines count; a last line that was cut short is cut off and done again.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -49,9 +50,12 @@ class ResultsFile:
         self._file.seek(self._end)
 
     def append(self, key: Key, result: Mapping[str, Any]) -> None:
-        """One more result, handed to the system when this returns."""
-        self._file.write(json.dumps(result).encode() + b"\n")
-        self._file.flush()
+        """One more result, handed to the system when this returns. Raises RealmError if it does not take it."""
+        try:
+            self._file.write(json.dumps(result).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise RealmError(f"{self.path}: cannot be written: {error.strerror or error}") from None
         self.done[key] = result["error"] is not None
         self.appended += 1
         self.errors += self.done[key]
@@ -62,7 +66,8 @@ class ResultsFile:
     def __exit__(self, *_: object) -> None:
         if self._is_new and not self.appended:
             self.path.unlink(missing_ok=True)  # a run that came to nothing leaves nothing behind
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a result that could not be written, which has been said
+            self._file.close()
 
     def _lock(self) -> None:
         if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
