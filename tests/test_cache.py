@@ -2,6 +2,7 @@
 
 import functools
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 from decode_toys import random_model
 
+import cache_cost
 import realm_jax as realm
 from realm_jax import evaluate
 from realm_jax.cli.main import run as realm_command
 from realm_jax.decode import generate
-from realm_jax.errors import RequestError
+from realm_jax.errors import RealmError, RequestError
+from realm_jax.experiment import Run, load_config
 from realm_jax.kernels.attention import attention
 from realm_jax.model import KVCache, run
 from realm_jax.model.cache import DTYPES, UNBROKEN, to_int8
@@ -238,6 +241,11 @@ def test_a_draft_that_proposes_what_breaks_the_target_changes_nothing(rules):
 TEXT = "In the beginning there was the word, and the word was thin. " * 4
 
 
+SEEN = {"bytes_per_token": 512, "kl": 0.25, "kl_chunk_error": 0.0, "kl_99": 1.0, "top1": 1.0, "top1_error": 0.0,
+        "perplexity": 2.0, "perplexity_error": 0.0, "log_ratio": 0.0, "log_ratio_error": 0.0,
+        "reference_perplexity": 2.0}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def small(model_file):
     return realm.load(model_file)
@@ -290,3 +298,21 @@ def test_realm_perplexity_with_a_cache(small, model_file, tmp_path, capsys):
     assert realm_command([*args, "--cache-dtype", "int4"]) == 1
     seen = capsys.readouterr()
     assert seen.out == "" and seen.err.count("\n") == 1 and "a cache of 'int4' is not known" in seen.err
+
+
+def test_the_experiment_measures_every_type_and_goes_on_where_it_stopped(tmp_path, model_file, capsys):
+    small = ["text.context=32", "text.chunks=4", f"subject.model='{model_file}'"]
+    path = Path(__file__).parents[1] / "configs" / "cache_cost.toml"
+    config = load_config(cache_cost.CacheCostConfig, path, [*small, 'dtypes=["float32", "int8"]'])
+    run = Run.create(config, "cache_cost", root=tmp_path)
+    run.log(cache="float32", **SEEN)
+    cache_cost.main(config, run)
+    lines = run.metrics()
+    assert [line["cache"] for line in lines] == ["float32", "int8"] and lines[0]["kl"] == SEEN["kl"]
+    heads, layers, width = 2, 2, 16
+    assert lines[1]["bytes_per_token"] == 2 * layers * heads * (width + 4)
+    assert 0 < lines[1]["kl"] < 1e-3 and lines[1]["kl_chunk_error"] > 0
+    table = capsys.readouterr().out
+    assert "| float32 | 512 | 0.25" in table and "| int8 | 160 |" in table
+    with pytest.raises(RealmError, match="a cache of 'int4' is not known"):
+        load_config(cache_cost.CacheCostConfig, path, ['dtypes=["int4"]'])
