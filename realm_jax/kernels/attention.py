@@ -23,7 +23,7 @@ def attention(
     place j; what lies after a row's last token may be anything finite. place_BT: int32, the place of
     each query. first_BT: int32, the first place that each query sees, or None: 0. scale: multiplies
     the scores. k_scale_BSK, v_scale_BSK: float32, of keys and values that are int8; they multiply scores and weights,
-    so that what is read stays int8. Returns (B, T, H, C) in q's dtype; scores
+    which are fewer than keys and values where a row has few queries. Returns (B, T, H, C) in q's dtype; scores
     and softmax are float32. Source: Vaswani et al. 2017; Ainslie et al. 2023 (grouped queries).
     """
     B, T, H, C = q_BTHC.shape
