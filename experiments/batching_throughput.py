@@ -43,6 +43,9 @@ from realm_jax.errors import RealmError
 from realm_jax.experiment import Run, experiment_command, read_json
 from realm_jax.model import Model, bundled, load
 
+WARM_JOBS = 8
+"""Served before timing starts where all sizes are compiled ahead, or nothing is; else all jobs are."""
+
 
 @dataclass(frozen=True)
 class LengthConfig:
@@ -73,14 +76,14 @@ class BatchingThroughputConfig:
     """
 
     slots: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    static_slots: tuple[int, ...] = (2, 4, 8, 16, 32)
+    static_slots: tuple[int, ...] = (4, 16, 32)
     requests: int = 96
     prompts: LengthConfig = field(default_factory=lambda: LengthConfig(30.0, 0.9, 4, 200))
     outputs: LengthConfig = field(default_factory=lambda: LengthConfig(40.0, 0.9, 8, 200))
-    loads: tuple[float, ...] = (0.5, 0.7, 0.9)
+    loads: tuple[float, ...] = (0.5, 0.8)
     load_slots: int = 16
     steps: int = 8
-    repeats: int = 3
+    repeats: int = 2
     peer: Literal["auto", "off"] = "auto"
     seed: int = 0
     model: Path | None = None
@@ -112,7 +115,8 @@ def main(config: BatchingThroughputConfig, run: Run) -> None:
     systems = {}
     for way, make in ways.items():
         systems[way] = make()
-        answers.check(way, serve(systems[way], jobs, np.zeros(len(jobs)))[0])
+        warm = jobs if isinstance(systems[way], Static) else jobs[:WARM_JOBS]
+        answers.check(way, serve(systems[way], warm, np.zeros(len(warm)))[0])
         console.print(f"{name_of(way)}: ready")
     for repeat in range(config.repeats):
         for way in random.Random(f"{config.seed} {repeat}").sample(list(ways), len(ways)):
@@ -211,9 +215,9 @@ class Answers:
 
     def check(self, way: Way, record: Record) -> None:
         self.right = self.right or record.answers
-        self.equal[way[0]] = sum(a == b for a, b in zip(self.right, record.answers, strict=True))
-        if not way[0].startswith("llama.cpp") and record.answers != self.right:
-            wrong = next(i for i, right in enumerate(self.right) if record.answers[i] != right)
+        self.equal[way[0]] = sum(a == b for a, b in zip(self.right, record.answers, strict=False))
+        wrong = next((i for i, answer in enumerate(record.answers) if answer != self.right[i]), None)
+        if wrong is not None and not way[0].startswith("llama.cpp"):
             raise RealmError(f"{name_of(way)}: request {wrong}: its answer is not that of the request alone")
 
 
