@@ -1,6 +1,7 @@
 """The engine: every request gets what it gets alone, in its turn, once, whatever happens to the others."""
 
 import asyncio
+import dataclasses
 import gc
 import math
 import random
@@ -14,6 +15,7 @@ from engine_toys import (
     ADAPTERS,
     BROKEN,
     BROKEN_TOKEN,
+    HALF,
     MODEL,
     SLOTS,
     alone,
@@ -38,7 +40,7 @@ from realm_jax.errors import RealmError, RequestError
 ROUNDING = 2e-3
 """The log-probabilities of this model span 40; plain decoding and one pass over the same tokens differ by 7e-4."""
 SEVERAL_CHUNKS = "the quick brown fox jumps over the lazy dog and then some more of it "
-ENDLESS = {"logit_bias": {0: -math.inf}}
+ENDLESS = {"logit_bias": {0: -math.inf}, "presence_penalty": 0.1}
 SAMPLED = {
     "temperature": 0.9, "top_k": 20, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.3, "presence_penalty": 0.5,
     "frequency_penalty": 0.2, "logit_bias": {65: 3.0, 66: -math.inf},
@@ -318,6 +320,15 @@ def test_a_request_that_never_fits_is_refused_at_once():
     with pytest.raises(RequestError, match=r"request 'x': its prompt of 90 tokens and 7 new ones never fit"):
         engine.submit(Request([7] * 90, max_new_tokens=7, id="x"))
     assert engine.submit(Request([7] * 90, max_new_tokens=6, id="x")).id == "x"
+
+
+def test_what_a_draft_is_too_short_for_is_refused_unless_it_does_without():
+    short = HALF.replace(config=dataclasses.replace(HALF.config, context_length=40))
+    engine = make_engine("draft", draft=short)
+    with pytest.raises(RequestError, match=r"request 'x': 41 tokens are more than the draft is made for \(40\)"):
+        engine.submit(Request([7] * 30, max_new_tokens=11, id="x"))
+    for asked in ({"max_new_tokens": 10}, {"max_new_tokens": 11, "speculate": False}):
+        assert not engine.submit(Request([7] * 30, **asked)).done
 
 
 def test_slots_are_chosen_from_free_memory(monkeypatch):

@@ -26,7 +26,7 @@ PROMPTS = [
     "hello",
     SHARED,
     SHARED + "x",
-    SHARED + SHARED,
+    SHARED + " and goes on by itself",
     [7, BROKEN_TOKEN],
     [*b"zzz" * 9, BROKEN_TOKEN, 7],
 ]
