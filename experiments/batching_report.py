@@ -133,8 +133,8 @@ def _host_text(host: Line) -> str:
     return (
         f"Host time between two calls: {median:.2f} ms (95%: {high:.2f} ms, mean {1e3 * host['mean_seconds']:.2f} ms; "
         f"{host['calls']} calls, {host['slots']} slots, a model of {host['layers']} layers and {host['arrays']} "
-        f"arrays). A step of the large model takes {1e3 * host['step_seconds']:.2f} ms at least, {host['steps']} in a "
-        f"call: the device would wait {host['share']:.1%} of that time (by the mean: {host['mean_share']:.1%})."
+        f"arrays), and {1e3 * host['dispatch_seconds']:.2f} ms to start a call. A step of the large model takes "
+        f"{1e3 * host['step_seconds']:.2f} ms at least, {host['steps']} in a call: the device would wait {host['share']:.1%} of that time (by the mean: {host['mean_share']:.1%})."
     )
 
 

@@ -77,7 +77,7 @@ class BatchingThroughputConfig:
 
     slots: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     static_slots: tuple[int, ...] = (4, 16, 32)
-    requests: int = 96
+    requests: int = 64
     prompts: LengthConfig = field(default_factory=lambda: LengthConfig(30.0, 0.9, 4, 200))
     outputs: LengthConfig = field(default_factory=lambda: LengthConfig(40.0, 0.9, 8, 200))
     loads: tuple[float, ...] = (0.5, 0.8)
