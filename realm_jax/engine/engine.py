@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +93,8 @@ class Engine:
         self._index = PrefixIndex(self.settings.prefix_rows)
         self._waiting, self._seats, self._free = Waiting(), dict[int, Seat](), list(range(self.slots))
         self._ending: set[int] = set()
-        self._flying: tuple[device.Report, list[Seat], float, dict[str, int]] | None = None
+        self._flying: tuple[Future, list[Seat], float, dict[str, float]] | None = None
+        self._dispatcher = ThreadPoolExecutor(1, "realm-engine")
         self._ids, self._open, self._sat = itertools.count(), dict[str | int, Handle](), dict[str | int, Seat]()
         self._finished: dict[Handle, None] = {}
         self._abandoned: deque[Handle] = deque()
@@ -262,6 +264,7 @@ class Engine:
                 self._waiting.remove(handle)
                 self._end(handle, "cancelled", error)
             self._seats.clear()
+            self._dispatcher.shutdown()
             self._device = self._prefixes = self._flying = self._stack = None
 
     def _check_open(self) -> None:
@@ -274,7 +277,8 @@ class Engine:
         """Wait for the call in flight; who was in it, and what it added: the numbers now, the text later."""
         if self._flying is None:
             return []
-        report, seats, since, numbers = self._flying
+        call, seats, since, numbers = self._flying
+        self._device, report = call.result()
         report, self._flying = jax.device_get(report), None
         arrived, appended = [], 0
         for seat in seats:
@@ -396,11 +400,12 @@ class Engine:
         end_B[list(self._ending)] = True
         self._ending.clear()
         window = self._shapes.window(max(seat.length for seat in seats) + self._most)
-        self._device, report = self._call(end_B, window)
+        # In a thread: on a GPU, where the host turns the loop over the steps, dispatching takes as long as the steps.
+        call = self._dispatcher.submit(self._call, end_B, window)
         now = time.perf_counter()
         numbers = {"waiting": len(self._waiting), "occupied": len(self._seats), "ready": len(seats), "window": window}
         numbers["host_seconds"] = now - idle_since if idle_since else 0.0
-        self._flying = (report, seats, now, numbers)
+        self._flying = (call, seats, now, numbers)
 
     @property
     def _most(self) -> int:

@@ -109,10 +109,12 @@ def dora_factor(delta: Delta) -> jax.Array:
     scale = lax.stop_gradient(delta.scale).astype(jnp.float32)[..., None]
     squared = jnp.maximum(n0 + 2 * scale * n1 + scale * scale * n2, 0)
     length = jnp.sqrt(lax.stop_gradient(squared))
-    factor = jnp.where(length > 0, delta.magnitude / jnp.where(length > 0, length, 1), 0)
-    # Division on a GPU may be off by a bit, and a length that has not changed must change nothing.
-    unchanged = (delta.magnitude == length) & (length > 0)
-    return factor + lax.stop_gradient(jnp.where(unchanged, 1 - factor, 0))
+    safe = jnp.where(length > 0, length, 1)
+    # Square roots and divisions on a GPU may be off by a bit or two, and a product that is taken off again by a part of
+    # one; a length that has not changed must change nothing. Its gradient is that of the quotient.
+    unchanged = jnp.abs(delta.magnitude - length) <= 4 * jnp.finfo(jnp.float32).eps * length
+    one = 1 + (delta.magnitude - lax.stop_gradient(delta.magnitude)) / safe
+    return jnp.where(length > 0, jnp.where(unchanged, one, delta.magnitude / safe), 0)
 
 
 def _listed(deltas: Deltas) -> tuple[Delta, ...]:
