@@ -80,12 +80,12 @@ class Completion:
     text: of the generated tokens, without the prompt. tokens: generated ids, without the end-of-generation token; if
     a stop string was met, those whose text begins before it. prompt_tokens: length of the prompt. stop_reason: "eos",
     "stop" (a stop string) or "length" (the token budget or the model's context is used up). logprobs: one entry a
-    token, or None if not asked for.
+    token, or None if not asked for. An engine adds "cancelled"; stats is None for what never had a slot there.
     """
 
     text: str
     tokens: list[int]
     prompt_tokens: int
     stop_reason: str
-    stats: Stats
+    stats: Stats | None
     logprobs: list[TokenLogprob] | None = None
