@@ -357,13 +357,13 @@ def test_slots_are_chosen_from_free_memory(monkeypatch):
 
 def count_prefilled(monkeypatch, engine):
     """A list that gets the prompt tokens of every chunk."""
-    counts, fill = [], engine._fill
+    counts, fill = [], engine._reader._fill
 
     def counted(seats, rows, chunk):
         counts.extend(min(seat.left, chunk) for seat in seats)
         fill(seats, rows, chunk)
 
-    monkeypatch.setattr(engine, "_fill", counted)
+    monkeypatch.setattr(engine._reader, "_fill", counted)
     return counts
 
 
@@ -409,7 +409,7 @@ def test_prefixes_are_few_and_the_least_recently_used_goes():
     def cached(name):
         handle = engine.submit(Request(prompts[name], max_new_tokens=2))
         assert handle.result() and outcome(handle) == answer(handle.request)
-        assert len(engine._index) <= 2
+        assert len(engine._reader.index) <= 2
         return handle.timing.cached
 
     assert [cached(name) for name in "abacab"] == [0, 0, 29, 0, 29, 0]
@@ -887,4 +887,4 @@ def test_the_cache_of_a_slot_is_full_to_the_last_place():
         assert handle.prompt_tokens + len(handle.tokens) == 192
         assert outcome(handle) == answer(handle.request)
     assert {event["window"] for event in events(engine, "call")} == {128, 192}
-    assert jnp.max(engine._device.rows.length_B) == 192
+    assert jnp.max(engine._driver._state.rows.length_B) == 192

@@ -201,7 +201,7 @@ class Simulator:
         self.refs.clear()
         metrics = self.engine.metrics
         assert max(len(kept) for kept in (metrics._first, metrics._between, metrics._speed)) <= RECENT
-        assert len(metrics.counts) < 30 and len(self.engine._index) <= 2
+        assert len(metrics.counts) < 30 and len(self.engine._reader.index) <= 2
 
     def run(self, operations):
         weights = {

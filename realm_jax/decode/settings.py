@@ -94,24 +94,25 @@ def pack(settings: Sequence[Settings], rows: int, vocab_size: int, *, mixed_bias
     mixed = mixed_bias is not None
     ids_BE, values_BE = _pack_bias(settings, vocab_size, mixed_bias)
 
-    def column(name: str, dtype: type) -> jax.Array:
-        return jnp.asarray(np.array([getattr(s, name) for s in settings], dtype))
+    def column(name: str, dtype: type) -> np.ndarray:
+        return np.array([getattr(s, name) for s in settings], dtype)
 
-    return SamplingParams(
-        temperature=jnp.asarray(np.array([0.0 if s.greedy else s.temperature for s in settings], np.float32)),
-        top_k=jnp.asarray(np.array([min(s.top_k, vocab_size) for s in settings], np.int32)),
+    packed = SamplingParams(
+        temperature=np.array([0.0 if s.greedy else s.temperature for s in settings], np.float32),
+        top_k=np.array([min(s.top_k, vocab_size) for s in settings], np.int32),
         top_p=column("top_p", np.float32),
         min_p=column("min_p", np.float32),
         repetition_penalty=column("repetition_penalty", np.float32),
         presence_penalty=column("presence_penalty", np.float32),
         frequency_penalty=column("frequency_penalty", np.float32),
-        bias_ids=jnp.asarray(ids_BE),
-        bias_values=jnp.asarray(values_BE),
+        bias_ids=ids_BE,
+        bias_values=values_BE,
         penalize=mixed or any(s.penalizes for s in settings),
         sample=mixed or bool(sampled),
         truncate=mixed or any(s.top_k > 0 or s.top_p < 1 for s in sampled),
         mixed=mixed,
     )
+    return jax.tree.map(jnp.asarray, packed)
 
 
 def row_keys(seeds: Sequence[int]) -> jax.Array:

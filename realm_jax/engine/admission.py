@@ -3,15 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jax.numpy as jnp
 import numpy as np
 
 from realm_jax.decode import settings as packing
 from realm_jax.decode.prompts import check_length, prompt_tokens
 from realm_jax.decode.settings import Settings
 from realm_jax.engine.device import Admission
-from realm_jax.engine.request import Request
-from realm_jax.engine.seat import Seat
+from realm_jax.engine.request import Handle, Request
 from realm_jax.errors import RequestError
 from realm_jax.model.model import Model
 
@@ -69,27 +67,33 @@ def _check_room(name: str, model: Model, prompt: int, budget: int, speculate: bo
 
 
 def admission(
-    seats: Sequence[Seat], slots: int, size: int, vocab_size: int, context_length: int, bias: int, draft_tokens: int
+    arrivals: Sequence[tuple[int, np.ndarray, Handle, int]],
+    slots: int,
+    size: int,
+    vocab_size: int,
+    context_length: int,
+    bias: int,
+    draft_tokens: int,
 ) -> Admission:
-    """The arrays of new rows, each at the place of its slot."""
+    """The arrays of new rows, each at the place of its slot. arrivals: slot, prompt (int32), handle and adapter."""
     tokens_BS = np.zeros((slots, size), np.int32)
     mask_B = np.zeros(slots, bool)
     length_B, limit_B, adapter_B, propose_B = (np.zeros(slots, np.int32) for _ in range(4))
     by_slot, seeds = [Settings()] * slots, [0] * slots
-    for seat in seats:
-        b, settings, prompt = seat.slot, seat.handle.settings, len(seat.tokens)
-        mask_B[b], length_B[b], adapter_B[b] = True, prompt, seat.adapter
-        tokens_BS[b, :prompt] = seat.tokens
-        limit_B[b] = min(prompt + settings.max_new_tokens, context_length)
-        propose_B[b] = draft_tokens if seat.handle.request.speculate else 0
+    for b, prompt, handle, adapter in arrivals:
+        settings, n = handle.settings, len(prompt)
+        mask_B[b], length_B[b], adapter_B[b] = True, n, adapter
+        tokens_BS[b, :n] = prompt
+        limit_B[b] = min(n + settings.max_new_tokens, context_length)
+        propose_B[b] = draft_tokens if handle.request.speculate else 0
         by_slot[b], seeds[b] = settings, settings.seed
     return Admission(
-        mask_B=jnp.asarray(mask_B),
-        tokens_BS=jnp.asarray(tokens_BS),
-        length_B=jnp.asarray(length_B),
-        limit_B=jnp.asarray(limit_B),
+        mask_B=mask_B,
+        tokens_BS=tokens_BS,
+        length_B=length_B,
+        limit_B=limit_B,
         keys_B=packing.row_keys(seeds),
         params=packing.pack(by_slot, slots, vocab_size, mixed_bias=bias),
-        adapter_B=jnp.asarray(adapter_B),
-        propose_B=jnp.asarray(propose_B),
+        adapter_B=adapter_B,
+        propose_B=propose_B,
     )

@@ -1,8 +1,8 @@
 """Continuous batching: requests come at any time, share one padded ragged batch, and leave it when they are done.
 
 `Engine.step` is the whole of it: take in what the last call of the device has done, seat who waits, dispatch a chunk of
-prompts and some steps of decoding, and hand out text while the device works. What happens on the device is in
-`engine.device`, whose functions have a short list of shapes (`engine.shapes`).
+prompts (`engine.prompts`) and some steps of decoding (`engine.driver`), and hand out text while the device works. What
+happens on the device is in `engine.device`, whose functions have a short list of shapes (`engine.shapes`).
 """
 
 import contextlib
@@ -12,21 +12,21 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from realm_jax.decode.batch import ran_on
 from realm_jax.decode.completion import Completion
 from realm_jax.decode.draft_models import DraftLike, prepare_draft
 from realm_jax.decode.loop import Stop
 from realm_jax.decode.row import not_finite
-from realm_jax.engine import device, memory
-from realm_jax.engine.admission import Limits, admission, check
+from realm_jax.engine import memory
+from realm_jax.engine.admission import Limits, check
+from realm_jax.engine.driver import Driver
 from realm_jax.engine.metrics import Event, Metrics
-from realm_jax.engine.prefixes import LEAST_PREFIX, PrefixIndex, common_prefix
+from realm_jax.engine.prefixes import PrefixIndex
+from realm_jax.engine.prompts import PromptReader
 from realm_jax.engine.request import Handle, Request
 from realm_jax.engine.seat import Seat
 from realm_jax.engine.settings import EngineSettings
@@ -70,7 +70,7 @@ class Engine:
         self.model = model
         adapters = dict(adapters or {})
         self._adapters = {name: i for i, name in enumerate(adapters, 1)}
-        self._stack = stack(list(adapters.values()), model) if adapters else None
+        stacked = stack(list(adapters.values()), model) if adapters else None
         if draft is None and draft_adapter is not None:
             raise RequestError("draft_adapter is for a draft, and none was given")
         ahead = None
@@ -89,12 +89,11 @@ class Engine:
         self.metrics = Metrics(self.slots, on_event)
         self._ran_on = ran_on(model, self.slots)
         self._shapes = Shapes.of(self.slots, self.max_len, self.settings.prefill_tokens)
-        self._device, self._prefixes = self._create()
-        self._index = PrefixIndex(self.settings.prefix_rows)
+        self._driver = Driver(model, self._draft, stacked, self.slots, self.max_len, self.settings)
+        self._reader = PromptReader(self._driver, self._shapes, self.settings, self.metrics)
         self._waiting, self._seats, self._free = Waiting(), dict[int, Seat](), list(range(self.slots))
         self._ending: set[int] = set()
         self._flying: tuple[Future, list[Seat], float, dict[str, float]] | None = None
-        self._dispatcher = ThreadPoolExecutor(1, "realm-engine")
         self._ids, self._open, self._sat = itertools.count(), dict[str | int, Handle](), dict[str | int, Seat]()
         self._finished: dict[Handle, None] = {}
         self._abandoned: deque[Handle] = deque()
@@ -131,7 +130,7 @@ class Engine:
                 idle_since = time.perf_counter()
                 self._leave()
                 self._admit()
-                self._prefill()
+                self._reader.read(self._seats.values())
                 self._decode(idle_since if arrived else None)
                 for seat, piece in arrived:
                     self._deliver(seat, piece)
@@ -202,43 +201,14 @@ class Engine:
             self._check_open()
             if self._seats or self._flying or self._stepping:
                 raise RealmError("an engine can be warmed up only while no request is being served")
-            self._compile()
-
-    def _compile(self) -> None:
-        with self._unbroken():
-            self._device = device.admit(self._device, self._admission([]))
-            for rows, chunk in self._shapes.prefills:
-                self._fill([], rows, chunk)
-            for window in self._shapes.windows:
-                self._device, report = self._call(np.zeros(self.slots, bool), window)
-            if self.settings.prefix_rows:
-                zero = jnp.int32(0)
-                self._prefixes = device.keep(self._prefixes, self._device, zero, zero, zero)
-                self._device = device.start_from(self._device, self._prefixes, zero, zero, zero)
-                self._index = PrefixIndex(self.settings.prefix_rows)
-            jax.block_until_ready(report)
+            with self._unbroken():
+                self._driver.compile(self._shapes)
+                self._reader.index = PrefixIndex(self.settings.prefix_rows)
 
     def _choose_slots(self, wanted: int | None) -> int:
         each = memory.slot_bytes(self.model.config, self._draft, self.max_len, self.settings.cache_dtype)
         where = next(iter(jax.tree.leaves(self.model.params)[0].devices()))
         return memory.choose_slots(wanted, self.settings.prefix_rows, each, memory.free_bytes(where))
-
-    def _create(self) -> tuple[device.Slots, device.Prefixes | None]:
-        model, asked = self.model, self.settings
-        slots = device.create(
-            model.config,
-            self._draft,
-            slots=self.slots,
-            size=self.max_len,
-            dtype=asked.cache_dtype,
-            eog_ids=model.tokenizer.eog_ids if model.tokenizer else (),
-            bias=asked.max_logit_bias,
-            logprobs=asked.max_logprobs,
-        )
-        if not asked.prefix_rows:
-            return slots, None
-        rows = (asked.prefix_rows, self.max_len, asked.cache_dtype)
-        return slots, device.create_prefixes(model.config, self._draft, *rows)
 
     @contextlib.contextmanager
     def _unbroken(self) -> Iterator[None]:
@@ -264,8 +234,8 @@ class Engine:
                 self._waiting.remove(handle)
                 self._end(handle, "cancelled", error)
             self._seats.clear()
-            self._dispatcher.shutdown()
-            self._device = self._prefixes = self._flying = self._stack = None
+            self._flying = None
+            self._driver.close()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -278,8 +248,7 @@ class Engine:
         if self._flying is None:
             return []
         call, seats, since, numbers = self._flying
-        self._device, report = call.result()
-        report, self._flying = jax.device_get(report), None
+        report, self._flying = call.result(), None
         arrived, appended = [], 0
         for seat in seats:
             count = int(report.length_B[seat.slot]) - seat.length
@@ -317,105 +286,20 @@ class Engine:
                 self.metrics.admitted(handle, slot)
                 new.append(seat)
         if new:
-            self._device = device.admit(self._device, self._admission(new))
-
-    def _admission(self, seats: list[Seat]) -> device.Admission:
-        config, draft = self.model.config, self._draft
-        sizes = (self.slots, self.max_len, config.vocab_size, config.context_length, self.settings.max_logit_bias)
-        return admission(seats, *sizes, draft.tokens if draft else 0)
-
-    def _prefill(self) -> None:
-        """Chunks of prompts: about `prefill_tokens`, or more if nobody could decode otherwise."""
-        used = 0
-        while used < self.settings.prefill_tokens or not any(seat.ready_at for seat in self._seats.values()):
-            seats = self._placed()
-            if not seats:
-                return
-            rows, chunk = self._shapes.prefill(len(seats), seats[0].left)
-            self._fill(seats[:rows], rows, chunk)
-            used += rows * chunk
-
-    def _placed(self) -> list[Seat]:
-        """Those whose prompts are to be read on, in the order of admission; who need not read is set aside."""
-        reading = sorted(
-            (s for s in self._seats.values() if s.ready_at is None), key=lambda s: s.handle.timing.admitted
-        )
-        leaders: list[Seat] = []
-        for seat in reading:
-            if not seat.placed and not any(self._follows(seat, leader) for leader in leaders):
-                self._place(seat)
-            if seat.placed:
-                leaders.append(seat)
-                if seat.left == 0:
-                    self._read(seat)
-        return [seat for seat in leaders if seat.left]
-
-    def _follows(self, seat: Seat, leader: Seat) -> bool:
-        """Whether it pays to wait for what another one is reading: the same beginning."""
-        if not self.settings.prefix_rows or seat.adapter != leader.adapter or leader.left == 0:
-            return False
-        return common_prefix(seat.tokens[:-1], leader.tokens[:-1]) >= LEAST_PREFIX
-
-    def _place(self, seat: Seat) -> None:
-        """Begin with what the prefix cache has of the prompt."""
-        seat.placed = True
-        if not self.settings.prefix_rows:
-            return
-        row, tokens = self._index.find(seat.adapter, seat.tokens[:-1])
-        if tokens:
-            numbers = (jnp.int32(n) for n in (seat.slot, row, tokens))
-            self._device = device.start_from(self._device, self._prefixes, *numbers)
-            seat.filled = seat.handle.timing.cached = tokens
-            self.metrics.prefix(seat.handle, tokens)
-
-    def _fill(self, seats: list[Seat], rows: int, chunk: int) -> None:
-        """One chunk of these prompts; rows, chunk: one of the shapes."""
-        slot_P = np.arange(self.slots, self.slots + rows, dtype=np.int32)
-        slot_P[: len(seats)] = [seat.slot for seat in seats]
-        model = self.model
-        self._device = device.prefill(
-            model.params, model.config, self._draft, self._device, self._stack, jnp.asarray(slot_P), chunk
-        )
-        for seat in seats:
-            seat.filled += min(seat.left, chunk)
-            if seat.left == 0:
-                self._read(seat)
-
-    def _read(self, seat: Seat) -> None:
-        """A prompt is in the cache: the seat decodes from now on, and others may begin with what it has."""
-        seat.ready_at = time.perf_counter()
-        if not seat.handle.done:
-            seat.handle.status = "decode"
-        row = self._index.keep(seat.adapter, seat.tokens[:-1])
-        if row is not None:
-            numbers = (jnp.int32(n) for n in (row, seat.slot, seat.filled))
-            self._prefixes = device.keep(self._prefixes, self._device, *numbers)
+            self._driver.admit(new)
 
     def _decode(self, idle_since: float | None) -> None:
         """Dispatch some steps of all who are ready. idle_since: when the last call ended, if there was one."""
         seats = [seat for seat in self._seats.values() if seat.ready_at is not None]
         if not seats:
             return
-        end_B = np.zeros(self.slots, bool)
-        end_B[list(self._ending)] = True
+        window = self._shapes.window(max(seat.length for seat in seats) + self._driver.most)
+        call = self._driver.decode(list(self._ending), window)
         self._ending.clear()
-        window = self._shapes.window(max(seat.length for seat in seats) + self._most)
-        # In a thread: on a GPU, where the host turns the loop over the steps, dispatching takes as long as the steps.
-        call = self._dispatcher.submit(self._call, end_B, window)
         now = time.perf_counter()
         numbers = {"waiting": len(self._waiting), "occupied": len(self._seats), "ready": len(seats), "window": window}
         numbers["host_seconds"] = now - idle_since if idle_since else 0.0
         self._flying = (call, seats, now, numbers)
-
-    @property
-    def _most(self) -> int:
-        """Tokens that a call can append to a row."""
-        return self.settings.steps * (1 if self._draft is None else self._draft.tokens + 1)
-
-    def _call(self, end_B: np.ndarray, window: int) -> tuple[device.Slots, device.Report]:
-        model, steps = self.model, self.settings.steps
-        state = (self._draft, self._device, self._stack)
-        return device.decode(model.params, model.config, *state, jnp.asarray(end_B), steps, window)
 
     def _deliver(self, seat: Seat, came: tuple[str | None, list[int]]) -> None:
         """Hand out what a call has added to a request, and end it if it is over."""
