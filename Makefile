@@ -60,10 +60,14 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
 	@echo "set-up: $(VENV) with EXTRA=$(EXTRA) (cpu, cuda12 or cuda13); PYTHON names the interpreter"
 
-demo: $(STAMP)  ## let the bundled model go on with "The capital of France is": as it is, with a draft, with its adapter
+demo: $(STAMP)  ## let the bundled model go on with a prompt: as it is, with a draft, with an adapter; then 16 prompts at once
 	$(BIN)/realm generate --prompt "The capital of France is" --max-new-tokens 24
 	$(BIN)/realm generate --prompt "The capital of France is" --max-new-tokens 24 --draft realm_jax/assets/tiny-draft.gguf
 	$(BIN)/realm generate --prompt "The capital of France is" --max-new-tokens 24 --adapter realm_jax/assets/tiny-pirate
+	@mkdir -p runs
+	$(BIN)/realm batch configs/demo_requests.jsonl --out runs/demo_results.jsonl --overwrite --max-len 128 \
+	  --adapter pirate=realm_jax/assets/tiny-pirate --adapter telegram=realm_jax/assets/tiny-telegram.gguf
+	@$(BIN)/python -c 'import json; [print("%-12s%r" % (r["id"], r["text"])) for r in map(json.loads, open("runs/demo_results.jsonl"))]'
 
 test: $(STAMP)  ## run the tests, without the slow ones
 	$(PYTEST) -m "not slow"

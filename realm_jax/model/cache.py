@@ -87,7 +87,7 @@ class KVCache:
                 x_BTKC, scale_BTK = to_int8(x_BTKC)
                 stored[f"{name}_scale"] = scale.at[at].set(scale_BTK, mode="drop")
             own = getattr(self, name)
-            stored[name] = own.at[at].set(x_BTKC.astype(own.dtype), mode="drop")
+            stored[name] = _put(own, at, x_BTKC.astype(own.dtype))
         return self.replace(**stored)
 
     def read(self, layer: int, row_B: jax.Array | None) -> KeyValues:
@@ -100,6 +100,15 @@ class KVCache:
             return x if row_B is None else x.at[row_B].get(mode="clip")
 
         return KeyValues(part(self.k), part(self.v), part(self.k_scale), part(self.v_scale))
+
+
+def _put(own: jax.Array, at: tuple[int | jax.Array, ...], values: jax.Array) -> jax.Array:
+    """`own` with the values at those places. As bits: XLA's CPU backend turns a whole array of 16-bit floats to float32
+    and back to write a part of it."""
+    if own.dtype.itemsize != 2:
+        return own.at[at].set(values, mode="drop")
+    bits, new = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (own, values))
+    return jax.lax.bitcast_convert_type(bits.at[at].set(new, mode="drop"), own.dtype)
 
 
 def to_int8(x_BTKC: jax.Array) -> tuple[jax.Array, jax.Array]:
