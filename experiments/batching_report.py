@@ -26,7 +26,8 @@ def summarize(lines: Sequence[Line]) -> Line:
     for one in found:
         family = "llama.cpp " if one["way"].startswith("llama.cpp") else ""
         for name, key in (("sequential", (f"{family}sequential", 1)), ("static", ("static", one["slots"]))):
-            one[f"over_{name}"] = one["tokens_per_second"][1] / speeds[key] if key in speeds else None
+            known = key in speeds and not (family and name == "static")  # its own were not measured
+            one[f"over_{name}"] = one["tokens_per_second"][1] / speeds[key] if known else None
     return {
         "offline": sorted(found, key=lambda one: (list(LABELS).index(one["way"]), one["slots"])),
         "load": [_summarize(group) for group in _groups(load, ("load", "way"))],
@@ -134,7 +135,8 @@ def _host_text(host: Line) -> str:
         f"Host time between two calls: {median:.2f} ms (95%: {high:.2f} ms, mean {1e3 * host['mean_seconds']:.2f} ms; "
         f"{host['calls']} calls, {host['slots']} slots, a model of {host['layers']} layers and {host['arrays']} "
         f"arrays), and {1e3 * host['dispatch_seconds']:.2f} ms to start a call. A step of the large model takes "
-        f"{1e3 * host['step_seconds']:.2f} ms at least, {host['steps']} in a call: the device would wait {host['share']:.1%} of that time (by the mean: {host['mean_share']:.1%})."
+        f"{1e3 * host['step_seconds']:.2f} ms at least, {host['steps']} in a call: the device would "
+        f"wait {host['share']:.1%} of that time (by the mean: {host['mean_share']:.1%})."
     )
 
 
