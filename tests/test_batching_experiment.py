@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import batching_throughput
-from batching_host import HostConfig
+from batching_host import HostConfig, measure_host
 from batching_report import quantiles, summarize
 from batching_systems import Job, Record, clock, serve
 from batching_throughput import Answers, BatchingThroughputConfig, LengthConfig, latencies, poisson_arrivals
@@ -130,6 +130,15 @@ def test_a_summary_by_hand():
 def test_the_least_time_of_a_step():
     host = HostConfig(slots=2, weight_bytes=1e9, token_bytes=1e6, context=500, bandwidth=1e12)
     assert host.step_seconds == pytest.approx(2e-3)
+
+
+def test_the_share_of_the_host():
+    """Of a model of one layer: 7 matrices of 3 planes, 2 norms; and 2 norms less 1, the embedding and the output."""
+    host = HostConfig(layers=1, slots=2, requests=3, bandwidth=1e15)
+    found = measure_host(host, 4, 0)
+    assert found["arrays"] == 7 * 3 + 2 + 1 + 2 * 3 and 0 < found["seconds"][0] <= found["seconds"][1]
+    waits = found["seconds"][0] + found["dispatch_seconds"]
+    assert found["share"] == pytest.approx(waits / (4 * host.step_seconds)) and found["dispatch_seconds"] > 0
 
 
 @pytest.mark.parametrize(

@@ -103,8 +103,8 @@ class KVCache:
 
 
 def _put(own: jax.Array, at: tuple[int | jax.Array, ...], values: jax.Array) -> jax.Array:
-    """`own` with the values at those places. As bits: XLA's CPU backend turns a whole array of 16-bit floats to float32
-    and back to write a part of it."""
+    """`own` with the values at those places. As bits: to write a part of an array of 16-bit floats, XLA's CPU backend
+    turns all of it to float32 and back; bits it copies."""
     if own.dtype.itemsize != 2:
         return own.at[at].set(values, mode="drop")
     bits, new = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (own, values))
