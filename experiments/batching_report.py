@@ -132,11 +132,13 @@ def _pair(values: list[float] | None, scale: float = 1.0, digits: int = 2) -> st
 def _host_text(host: Line) -> str:
     median, high = (1e3 * value for value in host["seconds"])
     return (
-        f"Host time between two calls: {median:.2f} ms (95%: {high:.2f} ms, mean {1e3 * host['mean_seconds']:.2f} ms; "
+        f"Host time between two calls: {median:.2f} ms (95%: {high:.2f} ms; "
         f"{host['calls']} calls, {host['slots']} slots, a model of {host['layers']} layers and {host['arrays']} "
         f"arrays), and {1e3 * host['dispatch_seconds']:.2f} ms to start a call. A step of the large model takes "
         f"{1e3 * host['step_seconds']:.2f} ms at least, {host['steps']} in a call: the device would "
-        f"wait {host['share']:.1%} of that time (by the mean: {host['mean_share']:.1%})."
+        f"wait {host['share']:.1%} of that time. Where newcomers are let in, that "
+        f"and starting on their prompts is {1e3 * host['joined_seconds'][0]:.2f} ms ({host['joined_calls']} calls), or "
+        f"{host['joined_share']:.1%}, in part of which the device is at work."
     )
 
 
