@@ -23,7 +23,7 @@ class Shapes:
         window = SMALLEST_WINDOW
         while window < size:
             windows.append(window)
-            window *= 4
+            window *= 2
         longest = max(SMALLEST_CHUNK, min(power_of_two(size), power_of_two(prefill_tokens + 1) // 2))
         prefills, chunk = [], SMALLEST_CHUNK
         while chunk <= longest:
