@@ -27,8 +27,14 @@ settings.register_profile("realm", deadline=None, suppress_health_check=[HealthC
 settings.load_profile("realm")
 
 
+@pytest.hookimpl(tryfirst=True)  # before the marks are looked at
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip tests/gpu unless REALM_TEST_GPU=1 says that an accelerator is there and meant."""
+    """Mark those of slow_tests.txt; skip tests/gpu unless REALM_TEST_GPU=1 says that an accelerator is meant."""
+    lines = Path(__file__).with_name("slow_tests.txt").read_text(encoding="utf-8").splitlines()
+    for item in items:
+        name = f"{item.path.name}::{item.name}"
+        if name in lines or name.partition("[")[0] in lines:
+            item.add_marker(pytest.mark.slow)
     if ON_GPU:
         return
     skip = pytest.mark.skip(reason="needs a GPU: run with REALM_TEST_GPU=1")

@@ -176,3 +176,10 @@ def test_no_private_paths_or_secrets():
         if path != Path(__file__).resolve() and path.suffix not in {".gguf", ".npy", ".npz", ".png"}:
             found = private.search(path.read_bytes())
             assert not found, f"{path.relative_to(ROOT)}: {found[0]!r}"
+
+
+def test_the_list_of_slow_tests_names_tests_that_are_there():
+    lines = (ROOT / "tests" / "slow_tests.txt").read_text(encoding="utf-8").splitlines()
+    for line in (line for line in lines if not line.startswith("#")):
+        file, _, name = line.partition("::")
+        assert f"def {name.partition('[')[0]}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), line
