@@ -35,7 +35,7 @@ from realm_jax.engine.stream import Stream
 from realm_jax.engine.waiting import Waiting
 from realm_jax.errors import RealmError, RequestError
 from realm_jax.lora import stack
-from realm_jax.lora.stack import AdapterLike
+from realm_jax.lora.stack import AdapterLike, One
 from realm_jax.model.model import Model
 
 
@@ -43,9 +43,9 @@ class Engine:
     """Serves requests from slots of one batch.
 
     slots: requests served at once; None: as many as the device's free memory holds. max_len: tokens of a slot, prompt
-    and new ones; at most the model's context. adapters: by name, what requests may ask for. draft: what runs ahead, as
-    in `generate`; draft_tokens, draft_adaptive, draft_adapter: also as there. options: the fields of `EngineSettings`.
-    on_event: called with every event of `Metrics`.
+    and new ones; at most the model's context. adapters: by name, what requests may ask for, an `Adapter` or the path of
+    one each. draft: what runs ahead, as in `generate`; draft_tokens, draft_adaptive, draft_adapter: also as there.
+    options: the fields of `EngineSettings`. on_event: called with every event of `Metrics`.
 
     Greedy or sampled, a request's tokens are those it would get alone. Methods may be called from several threads; one
     at a time runs the engine. Raises RequestError for an option that makes no sense, AdapterError for an
@@ -57,7 +57,7 @@ class Engine:
         model: Model,
         slots: int | None = 32,
         max_len: int = 2048,
-        adapters: Mapping[str, AdapterLike] | None = None,
+        adapters: Mapping[str, One] | None = None,
         draft: DraftLike | None = None,
         *,
         draft_tokens: int = 4,
