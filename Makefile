@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 # Each worker is a process with a JAX of its own, hence at most four; a file's tests stay in one and share its fixtures.
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Where an NVIDIA driver answers, its CUDA major version picks the extra; everywhere else plain JAX runs on the CPU.
 ifndef EXTRA

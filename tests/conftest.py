@@ -22,6 +22,19 @@ os.environ["XDG_CACHE_HOME"] = _cache.name
 os.environ["MPLBACKEND"] = "agg"
 os.environ["MPLCONFIGDIR"] = _cache.name
 
+# A worker takes whole files: the long ones come first, so that none is left for the end.
+LONG_FILES = (
+    "test_notebooks.py",
+    "test_finetune.py",
+    "test_speculative.py",
+    "test_engine.py",
+    "test_lora_merge.py",
+    "test_train_tiny.py",
+    "test_quant_encode.py",
+    "test_lora.py",
+    "test_speculative_experiments.py",
+)
+
 # The first call of a jitted function compiles: its time says nothing.
 settings.register_profile("realm", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.load_profile("realm")
@@ -29,12 +42,13 @@ settings.load_profile("realm")
 
 @pytest.hookimpl(tryfirst=True)  # before the marks are looked at
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark those of slow_tests.txt; skip tests/gpu unless REALM_TEST_GPU=1 says that an accelerator is meant."""
+    """Mark those of slow_tests.txt, put long files first; skip tests/gpu unless REALM_TEST_GPU=1 says that an accelerator is meant."""
     lines = Path(__file__).with_name("slow_tests.txt").read_text(encoding="utf-8").splitlines()
     for item in items:
         name = f"{item.path.name}::{item.name}"
         if name in lines or name.partition("[")[0] in lines:
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: LONG_FILES.index(item.path.name) if item.path.name in LONG_FILES else len(LONG_FILES))
     if ON_GPU:
         return
     skip = pytest.mark.skip(reason="needs a GPU: run with REALM_TEST_GPU=1")
