@@ -42,7 +42,7 @@ settings.load_profile("realm")
 
 @pytest.hookimpl(tryfirst=True)  # before the marks are looked at
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark those of slow_tests.txt, put long files first; skip tests/gpu unless REALM_TEST_GPU=1 says that an accelerator is meant."""
+    """Mark those of slow_tests.txt, put long files first, and skip tests/gpu unless REALM_TEST_GPU=1 asks for them."""
     lines = Path(__file__).with_name("slow_tests.txt").read_text(encoding="utf-8").splitlines()
     for item in items:
         name = f"{item.path.name}::{item.name}"
