@@ -8,11 +8,12 @@ import functools
 from collections import Counter
 
 import jax.numpy as jnp
+import pytest
 from decode_toys import random_model
 from lora_toys import random_adapter
 
 import realm_jax as realm
-from realm_jax.decode import Settings
+from realm_jax.decode import Settings, buckets
 from realm_jax.decode.draft_models import self_draft
 from realm_jax.errors import RealmError
 
@@ -37,6 +38,15 @@ KINDS = {
               "max_logprobs": 2, "draft_tokens": 3, "steps": 2},
 }  # fmt: skip
 SLOTS = 3
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_shapes():
+    """What is generated alone comes in one shape: a cache of 128 and chunks of it. For test modules, by this name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(buckets, "SMALLEST_CACHE", 128)
+        patch.setattr(buckets, "SMALLEST_CHUNK", 128)
+        yield
 
 
 def make_engine(kind="plain", model=MODEL, **options):

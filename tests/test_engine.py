@@ -8,6 +8,7 @@ import random
 import threading
 import weakref
 
+import engine_toys
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -32,7 +33,6 @@ from hypothesis import strategies as st
 import realm_jax as realm
 from realm_jax import Request
 from realm_jax.compilation import compiled_programs
-from realm_jax.decode import buckets
 from realm_jax.engine import device, memory
 from realm_jax.engine.waiting import MOST_OVERTAKEN, Waiting
 from realm_jax.errors import RealmError, RequestError
@@ -47,13 +47,7 @@ SAMPLED = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def few_shapes():
-    """What is generated alone comes in one shape: a cache of 128 and chunks of it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(buckets, "SMALLEST_CACHE", 128)
-        patch.setattr(buckets, "SMALLEST_CHUNK", 128)
-        yield
+few_shapes = engine_toys.few_shapes
 
 
 # Everything at once.

@@ -8,12 +8,12 @@ import gc
 import random
 import weakref
 
+import engine_toys
 import pytest
 from engine_toys import ADAPTERS, BROKEN, BROKEN_TOKEN, alone, answer, check_drained, make_engine, outcome
 
 from realm_jax import Request
 from realm_jax.compilation import compiled_programs
-from realm_jax.decode import buckets
 from realm_jax.engine.metrics import RECENT
 from realm_jax.engine.seat import Seat
 from realm_jax.errors import RealmError, RequestError
@@ -215,13 +215,7 @@ class Simulator:
         self.drain()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def few_shapes():
-    """What is generated alone comes in one shape: a cache of 128 and chunks of it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(buckets, "SMALLEST_CACHE", 128)
-        patch.setattr(buckets, "SMALLEST_CHUNK", 128)
-        yield
+few_shapes = engine_toys.few_shapes
 
 
 def seats():

@@ -76,6 +76,15 @@ def prepare_draft(
     return PreparedDraft(name, made, drafter.config.context_length)
 
 
+def prepare_optional_draft(
+    model: Model, draft: DraftLike | None, tokens: int, *, adaptive: bool, adapter: AdapterLike | None
+) -> PreparedDraft | None:
+    """As `prepare_draft`; None for no draft, which has no adapter either."""
+    if draft is None and adapter is not None:
+        raise RequestError("draft_adapter is for a draft, and none was given")
+    return None if draft is None else prepare_draft(model, draft, tokens, adaptive=adaptive, adapter=adapter)
+
+
 def _draft_model(model: Model, draft: DraftLike) -> Model:
     if isinstance(draft, Model):
         return draft

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
 from realm_jax.decode.batch import batch_deltas, run_batch
 from realm_jax.decode.completion import Completion
-from realm_jax.decode.draft_models import DraftLike, PreparedDraft, prepare_draft
+from realm_jax.decode.draft_models import DraftLike, PreparedDraft, prepare_optional_draft
 from realm_jax.decode.prompts import Prompt, Request, make_requests
 from realm_jax.decode.settings import Settings
 from realm_jax.errors import RequestError
@@ -142,12 +142,8 @@ def _draft(
     adapter: AdapterLike | None,
 ) -> PreparedDraft | None:
     """The draft, checked against the model and the requests that it is to run ahead of."""
-    if draft is None:
-        if adapter is not None:
-            raise RequestError("draft_adapter is for a draft, and none was given")
-        return None
-    prepared = prepare_draft(model, draft, tokens, adaptive=adaptive, adapter=adapter)
-    for request in requests if prepared.context_length is not None else ():
+    prepared = prepare_optional_draft(model, draft, tokens, adaptive=adaptive, adapter=adapter)
+    for request in requests if prepared and prepared.context_length is not None else ():
         needed = min(len(request.tokens) + request.settings.max_new_tokens, model.config.context_length)
         if needed > prepared.context_length:
             raise RequestError(

@@ -33,9 +33,7 @@ def make_requests(
     prompts: one prompt (a string or a sequence of token ids) or a sequence of prompts. Raises RequestError naming the
     setting, or the prompt by its index.
     """
-    settings = settings.checked(model.config.vocab_size)
-    if settings.stop and model.tokenizer is None:
-        raise RequestError("stop strings need a tokenizer, and the model has none; leave stop empty")
+    settings = checked_settings(model, settings)
     requests = []
     for index, prompt in enumerate(_as_list(prompts)):
         where = f"prompt {index}"
@@ -44,6 +42,14 @@ def make_requests(
         seeded = dataclasses.replace(settings, seed=(settings.seed + index) % 2**64)
         requests.append(Request(index, tokens, seeded))
     return requests
+
+
+def checked_settings(model: Model, settings: Settings) -> Settings:
+    """The settings, checked, of a prompt for this model. Raises RequestError naming the first that cannot be met."""
+    settings = settings.checked(model.config.vocab_size)
+    if settings.stop and model.tokenizer is None:
+        raise RequestError("stop strings need a tokenizer, and the model has none; leave stop empty")
+    return settings
 
 
 def check_length(tokens: int, max_new_tokens: int, context_length: int, where: str) -> None:

@@ -57,9 +57,9 @@ class Settings:
         Raises RequestError naming the first value that is not.
         """
         return Settings(
-            max_new_tokens=_whole("max_new_tokens", self.max_new_tokens, 0),
+            max_new_tokens=whole_number("max_new_tokens", self.max_new_tokens, 0),
             temperature=_real("temperature", self.temperature, 0.0, float(np.finfo(np.float32).max)),
-            top_k=_whole("top_k", self.top_k, 0),
+            top_k=whole_number("top_k", self.top_k, 0),
             top_p=_real("top_p", self.top_p, 0.0, 1.0, above=True),
             min_p=_real("min_p", self.min_p, 0.0, 1.0),
             repetition_penalty=_real("repetition_penalty", self.repetition_penalty, 1 / LARGEST, LARGEST),
@@ -67,8 +67,8 @@ class Settings:
             frequency_penalty=_real("frequency_penalty", self.frequency_penalty, -LARGEST, LARGEST),
             logit_bias=_bias(self.logit_bias or {}, vocab_size),
             stop=_stops(self.stop),
-            seed=_whole("seed", self.seed, 0, 2**64 - 1),
-            logprobs=_whole("logprobs", self.logprobs, 0, min(MAX_TOP_LOGPROBS, vocab_size)),
+            seed=whole_number("seed", self.seed, 0, 2**64 - 1),
+            logprobs=whole_number("logprobs", self.logprobs, 0, min(MAX_TOP_LOGPROBS, vocab_size)),
         )
 
     @property
@@ -141,7 +141,8 @@ def _pack_bias(
     return ids_BE, values_BE
 
 
-def _whole(name: str, value: int, low: int, high: int | None = None) -> int:
+def whole_number(name: str, value: int, low: int, high: int | None = None) -> int:
+    """`value` as an int between the bounds. Raises RequestError that names it."""
     allowed = f"a whole number, {low} or more" if high is None else f"a whole number from {low} to {high}"
     try:
         number = operator.index(value)
@@ -169,7 +170,7 @@ def _bias(bias: Mapping[int, float], vocab_size: int) -> dict[int, float]:
         raise RequestError(f"logit_bias is a {type(bias).__name__}; it must be a mapping of token ids to numbers")
     checked = {}
     for key, value in bias.items():
-        token = _whole("a token id of logit_bias", key, 0, vocab_size - 1)
+        token = whole_number("a token id of logit_bias", key, 0, vocab_size - 1)
         checked[token] = _real(f"logit_bias[{token}]", value, -math.inf, LARGEST_BIAS)
         if checked[token] < -LARGEST_BIAS:
             checked[token] = -math.inf

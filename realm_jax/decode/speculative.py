@@ -45,15 +45,12 @@ class SpeculativeState:
     tally: Tally
 
 
-def begin(state: DecodeState, draft: Draft, dtype: jnp.dtype | str | None = None) -> SpeculativeState:
-    """The state before the first round and before the draft has read the prompts.
-
-    dtype: of the draft's cache, by default that of the target's.
-    """
+def begin(state: DecodeState, draft: Draft) -> SpeculativeState:
+    """The state before the first round and before the draft has read the prompts."""
     rows, size = state.tokens_BS.shape
     cache = None
     if draft.params is not None:
-        cache = KVCache.create(draft.config, rows, size, dtype or state.cache.k.dtype)
+        cache = KVCache.create(draft.config, rows, size, state.cache.k.dtype)
     return SpeculativeState(
         decode=state,
         cache=cache,

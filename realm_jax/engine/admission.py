@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from realm_jax.decode import settings as packing
-from realm_jax.decode.prompts import check_length, prompt_tokens
+from realm_jax.decode.prompts import check_length, checked_settings, prompt_tokens
 from realm_jax.decode.settings import Settings
 from realm_jax.engine.device import Admission
 from realm_jax.engine.request import Handle, Request
@@ -35,9 +35,7 @@ def check(model: Model, request: Request, limits: Limits) -> tuple[list[int], Se
     name = "request" if request.id is None else f"request {request.id!r}"
     try:
         request.check_treatment(limits.adapters)
-        settings = request.checked(model.config.vocab_size)
-        if settings.stop and model.tokenizer is None:
-            raise RequestError("stop strings need a tokenizer, and the model has none; leave stop empty")
+        settings = checked_settings(model, request)
         for what, asked, most in (
             ("logit_bias", len(settings.logit_bias), limits.bias),
             ("logprobs", settings.logprobs, limits.logprobs),

@@ -108,7 +108,7 @@ def create(
     state = loop.init_state(
         config, [], [], eog_ids, rows=slots, size=size, dtype=dtype, mixed_bias=bias, logprobs=logprobs
     )
-    return Slots(state if draft is None else speculative.begin(state, draft, dtype), jnp.zeros(slots, jnp.int32))
+    return Slots(state if draft is None else speculative.begin(state, draft), jnp.zeros(slots, jnp.int32))
 
 
 def create_prefixes(config: Config, draft: Draft | None, rows: int, size: int, dtype: str) -> Prefixes:

@@ -18,7 +18,7 @@ import jax
 
 from realm_jax.decode.batch import ran_on
 from realm_jax.decode.completion import Completion
-from realm_jax.decode.draft_models import DraftLike, prepare_draft
+from realm_jax.decode.draft_models import DraftLike, prepare_optional_draft
 from realm_jax.decode.loop import Stop
 from realm_jax.decode.row import not_finite
 from realm_jax.engine import memory
@@ -43,9 +43,9 @@ class Engine:
     """Serves requests from slots of one batch.
 
     slots: requests served at once; None: as many as the device's free memory holds. max_len: tokens of a slot, prompt
-    and new ones; at most the model's context. adapters: by name, what requests may ask for, an `Adapter` or the path of
-    one each. draft: what runs ahead, as in `generate`; draft_tokens, draft_adaptive, draft_adapter: also as there.
-    options: the fields of `EngineSettings`. on_event: called with every event of `Metrics`.
+    and new ones; at most the model's context. adapters: by name, what requests may ask for, each an `Adapter` or the
+    path of one, alone or with a scale. draft: what runs ahead, as in `generate`; draft_tokens, draft_adaptive,
+    draft_adapter: also as there. options: the fields of `EngineSettings`. on_event: is told every event of `Metrics`.
 
     Greedy or sampled, a request's tokens are those it would get alone. Methods may be called from several threads; one
     at a time runs the engine. Raises RequestError for an option that makes no sense, AdapterError for an
@@ -57,7 +57,7 @@ class Engine:
         model: Model,
         slots: int | None = 32,
         max_len: int = 2048,
-        adapters: Mapping[str, One] | None = None,
+        adapters: Mapping[str, One | tuple[One, float]] | None = None,
         draft: DraftLike | None = None,
         *,
         draft_tokens: int = 4,
@@ -71,11 +71,7 @@ class Engine:
         adapters = dict(adapters or {})
         self._adapters = {name: i for i, name in enumerate(adapters, 1)}
         stacked = stack(list(adapters.values()), model) if adapters else None
-        if draft is None and draft_adapter is not None:
-            raise RequestError("draft_adapter is for a draft, and none was given")
-        ahead = None
-        if draft is not None:
-            ahead = prepare_draft(model, draft, draft_tokens, adaptive=draft_adaptive, adapter=draft_adapter)
+        ahead = prepare_optional_draft(model, draft, draft_tokens, adaptive=draft_adaptive, adapter=draft_adapter)
         self._draft, self._draft_name = (ahead.draft, ahead.name) if ahead else (None, None)
         self.max_len = min(max_len, model.config.context_length)
         self.limits = Limits(
@@ -132,8 +128,8 @@ class Engine:
                 self._admit()
                 self._reader.read(self._seats.values())
                 self._decode(idle_since if arrived else None)
-                for seat, piece in arrived:
-                    self._deliver(seat, piece)
+                for seat, came in arrived:
+                    self._deliver(seat, came)
                 return bool(self._seats or len(self._waiting) or self._flying or self._abandoned)
 
     def run(self) -> list[Handle]:
@@ -243,7 +239,7 @@ class Engine:
 
     # One step, in the order of its parts.
 
-    def _collect(self) -> list[tuple[Seat, str | None, list[int]]]:
+    def _collect(self) -> list[tuple[Seat, tuple[str | None, list[int]]]]:
         """Wait for the call in flight; who was in it, and what it added: the numbers now, the text later."""
         if self._flying is None:
             return []

@@ -20,9 +20,10 @@ class Metrics:
     """Counts and latencies. on_event: called with each event, a flat dict that JSON can hold; must not call the engine.
 
     Events have "event" and "time" (seconds since the engine was made): "submitted" (id, prompt_tokens), "admitted" (id,
-    slot, adapter, waited, cached), "first_token" (id, seconds since submission), "ended" (id, slot or null, reason,
-    tokens, seconds, cached, drafted, accepted), and "call" of each call of the device (seconds, host_seconds: that the
-    device stood still before it, waiting, occupied: slots, ready: slots that decode, tokens appended, window).
+    slot, adapter, waited), "prefix" (id, tokens that came from the prefix cache), "first_token" (id, seconds since
+    submission), "ended" (id, slot or null, reason, tokens, seconds, cached, drafted, accepted), and "call" of each call
+    of the device (seconds, host_seconds: that the device stood still before it, waiting, occupied: slots, ready: slots
+    that decode, tokens appended, window).
     """
 
     def __init__(self, slots: int, on_event: Callable[[Event], None] | None = None):

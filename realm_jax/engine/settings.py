@@ -1,8 +1,8 @@
 """What can be chosen about an engine beside its model, slots, adapters and draft."""
 
 import dataclasses
-import operator
 
+from realm_jax.decode.settings import whole_number
 from realm_jax.errors import RequestError
 from realm_jax.model.cache import DTYPES
 
@@ -31,15 +31,11 @@ class EngineSettings:
         Raises RequestError naming the first number that does not.
         """
         least = {"steps": 1, "prefill_tokens": 16, "prefix_rows": 0, "max_logit_bias": 0, "max_logprobs": 0}
-        numbers = {name: (getattr(self, name), low) for name, low in least.items()}
-        numbers |= {"max_len": (max_len, 2)} | ({} if slots is None else {"slots": (slots, 1)})
-        for name, (value, low) in numbers.items():
-            try:
-                fits = not isinstance(value, bool) and operator.index(value) >= low
-            except TypeError:
-                fits = False
-            if not fits:
-                raise RequestError(f"{name} is {value!r}; it must be a whole number, {low} or more")
+        for name, low in least.items():
+            whole_number(name, getattr(self, name), low)
+        whole_number("max_len", max_len, 2)
+        if slots is not None:
+            whole_number("slots", slots, 1)
         if self.cache_dtype not in DTYPES:
             raise RequestError(f"cache_dtype is {self.cache_dtype!r}; it must be one of {', '.join(DTYPES)}")
         return self
