@@ -1,0 +1,70 @@
+"""Everything that is named by Pallas and its Triton backend, in one place. Called by the kernel modules.
+
+Kernel bodies say what they compute in plain `jax.numpy`; what only the backend can name they take from here.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+load, store, program_id, ds = plt.load, plt.store, pl.program_id, pl.ds
+Shape = jax.ShapeDtypeStruct
+
+_interpreting = False
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Within it, kernels that are traced run in Pallas' interpreter, on any device: for tests without a GPU.
+
+    What was jitted and traced before keeps what it was traced with.
+    """
+    global _interpreting
+    before, _interpreting = _interpreting, True
+    try:
+        yield
+    finally:
+        _interpreting = before
+
+
+def interpreting() -> bool:
+    """Whether kernels traced now are for the interpreter."""
+    return _interpreting
+
+
+def available() -> bool:
+    """Whether a kernel traced now can run: on a CUDA backend, or in the interpreter."""
+    return _interpreting or jax.default_backend() == "gpu"
+
+
+def call(
+    body: Callable[..., None],
+    operands: Sequence[jax.Array],
+    out_shape: Any,
+    *,
+    grid: tuple[int, ...],
+    num_warps: int = 4,
+    num_stages: int = 2,
+    name: str | None = None,
+) -> Any:
+    """`body(*operand refs, *output refs)` once for every point of the grid, as one launch; every ref is a whole array.
+
+    out_shape: a `Shape` or a tuple of them; what comes back has its structure. grid: at most three axes, the first one
+    varies fastest.
+    """
+    whole = jax.tree.map(lambda _: pl.no_block_spec, out_shape)
+    return pl.pallas_call(
+        body,
+        out_shape=out_shape,
+        grid=grid,
+        in_specs=[pl.no_block_spec] * len(operands),
+        out_specs=whole,
+        # Without these parameters Pallas takes the Mosaic backend.
+        compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        interpret=_interpreting,
+        name=name,
+    )(*operands)

@@ -1,0 +1,337 @@
+"""Attention that reads the padded ragged cache in place, as Pallas Triton kernels. Called by `kernels.attention`.
+
+Shape suffixes: `B` rows of queries, `T` new tokens, `H` query heads, `K` kv heads, `G` = H / K, `S` places of a row of
+the cache, `C` head width, `L` layers; `M` rows of a tile of queries, `N` places of a block of keys.
+
+One program takes one kv head of one row, some tiles of its T * G queries, which share what is loaded, and one part of
+the row. It goes through the part in blocks, up to the last place that its queries see. Parts of a row are joined by a
+second kernel; a row of one part needs none.
+
+Order of the sums: parts and blocks begin at fixed places; a tile of a short call (T <= 16) has always M = 16 rows. What
+a query does not see adds exact zeros. So the result of a query depends on nothing but itself and what it sees: not on B, T,
+the window, or the size of the cache.
+
+Precision: products are of 16-bit numbers on tensor cores, and queries and softmax weights go in as the sum of two such
+numbers (about 16 bits with bfloat16, 22 with float16), unless a query has the cache's own type and so needs one. int8
+becomes float16, exactly. A float32 cache is multiplied in float32. NMSE against the float32 reference, as tested: below
+1e-12 for float32, float16 and int8, below 1e-9 for bfloat16. Source: Dao et al. 2022 and 2023 (flash attention, flash decoding).
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from realm_jax.kernels import pallas
+from realm_jax.kernels.pallas import Shape, load, program_id, store
+
+LOG2E = 1.4426950408889634
+LOWEST = -1e30  # stands for minus infinity, whose differences are not NaN
+SHORT = 16  # the most tokens of a row that share one tile after another
+PART = 256  # places of a part of a row, for short calls
+JOINED = 16  # parts that the joining kernel takes at once
+LIFT = 4096.0  # a power of two: what is split into float16 pieces is brought to 4096..8191, far from the subnormals
+WIDEST = 256  # head width
+
+
+class Plan(NamedTuple):
+    """What a kernel is compiled for; all of it static.
+
+    tokens, heads, kv_heads, head_width: T, H, K, C. size: places of a row that are read at most. rows: M of a tile.
+    tiles: of one program. groups: programs for the queries of a kv head. part, parts: places of a part, how
+    many there are. block: N. dtype: in which keys and values are multiplied. scale, softcap, sliding_window: as in
+    `kernels.attention`.
+    """
+
+    tokens: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    size: int
+    rows: int
+    tiles: int
+    groups: int
+    part: int
+    parts: int
+    block: int
+    dtype: str
+    scale: float
+    softcap: float | None
+    sliding_window: int | None
+
+    @property
+    def width(self) -> int:
+        """C, padded to a power of two that tensor cores take."""
+        return max(16, 1 << (self.head_width - 1).bit_length())
+
+    @property
+    def sharing(self) -> int:
+        """G, the query heads of one kv head."""
+        return self.heads // self.kv_heads
+
+
+def refuses(
+    q_shape: tuple[int, ...], q_dtype, k_shape: tuple[int, ...], k_dtype, *, packed: bool = False
+) -> str | None:
+    """Why the kernels cannot serve queries (B, T, H, C) on a cache (L, B, S, K, C), or None. packed: with `first_BT`."""
+    if jnp.dtype(k_dtype).name not in ("float32", "bfloat16", "float16", "int8"):
+        return f"a cache of {jnp.dtype(k_dtype).name} is not known to it"
+    if jnp.dtype(q_dtype).name not in ("float32", "bfloat16", "float16"):
+        return f"queries of {jnp.dtype(q_dtype).name} are not known to it"
+    if q_shape[-1] > WIDEST:
+        return f"heads may be {WIDEST} wide at most"
+    if packed:
+        return "it knows nothing of documents packed end to end"
+    if jnp.dtype(k_dtype).itemsize == 1 and 2**31 < functools.reduce(int.__mul__, k_shape, 1) <= 2**32:
+        return "Pallas takes 32-bit signed offsets for int8 arrays of 2 to 4 GiB"
+    return None
+
+
+def plan(q_shape: tuple[int, ...], k_shape: tuple[int, ...], k_dtype, *, window=None, **options) -> Plan:
+    """How queries (B, T, H, C) are attended to a cache (L, B, S, K, C); options: scale, softcap, sliding_window."""
+    _, T, H, C = q_shape
+    S, K = k_shape[2:4]
+    size = min(S, window or S)
+    dtype = "float16" if jnp.dtype(k_dtype) == jnp.int8 else jnp.dtype(k_dtype).name
+    small = dtype == "float32" or C > 128
+    rows = 16 if T <= SHORT else 32 if small else 64
+    needed = -(-T * (H // K) // rows)
+    tiles = min(needed, 2) if T <= SHORT else 1
+    part = PART if T <= SHORT else size
+    return Plan(
+        tokens=T, heads=H, kv_heads=K, head_width=C, size=size, rows=rows, tiles=tiles, groups=-(-needed // tiles),
+        part=part, parts=-(-size // part), block=32 if small else 64, dtype=dtype, **options,
+    )  # fmt: skip
+
+
+def attend(
+    q_BTHC: jax.Array,
+    k_LBSKC: jax.Array,
+    v_LBSKC: jax.Array,
+    place_BT: jax.Array,
+    layer: jax.Array,
+    rows_B: jax.Array,
+    k_scale_LBSK: jax.Array | None = None,
+    v_scale_LBSK: jax.Array | None = None,
+    **options,
+) -> jax.Array:
+    """The attention of `kernels.attention` on one layer of whole caches, (B, T, H, C) in q's dtype.
+
+    layer: int32. rows_B: int32, the row of the cache of each row of queries. options: those of `plan`.
+    """
+    B, T, H, C = q_BTHC.shape
+    p = plan(q_BTHC.shape, k_LBSKC.shape, k_LBSKC.dtype, **options)
+    scales = () if k_scale_LBSK is None else (k_scale_LBSK, v_scale_LBSK)
+    rows_B = jnp.clip(rows_B.astype(jnp.int32), 0, k_LBSKC.shape[1] - 1)
+    operands = (jnp.reshape(layer, 1).astype(jnp.int32), rows_B, place_BT, q_BTHC, k_LBSKC, v_LBSKC, *scales)
+    out = Shape(q_BTHC.shape, q_BTHC.dtype)
+    parts = (B, p.parts, T, H)
+    partial = (Shape((*parts, C), jnp.float32), Shape(parts, jnp.float32), Shape(parts, jnp.float32))
+    result = pallas.call(
+        functools.partial(_attend_part, p),
+        operands,
+        out if p.parts == 1 else partial,
+        grid=(p.kv_heads, p.parts * p.groups, B),
+        num_warps=4,
+        num_stages=3,
+        name="attend",
+    )
+    if p.parts == 1:
+        return result
+    join = functools.partial(_join_parts, p)
+    return pallas.call(join, (place_BT, *result), out, grid=(H, T, B), num_warps=4, name="attend_join")
+
+
+def _attend_part(p: Plan, layer_ref, row_ref, place_ref, q_ref, k_ref, v_ref, *refs) -> None:
+    """One kv head, one group of tiles, one part of one row."""
+    (k_scale_ref, v_scale_ref), outs = (refs[:2], refs[2:]) if k_ref.dtype == jnp.int8 else ((None, None), refs)
+    h, b = program_id(0), program_id(2)
+    group, part = p.groups - 1 - program_id(1) % p.groups, program_id(1) // p.groups  # the longest first
+    at = load(layer_ref.at[jnp.int32(0)]), load(row_ref.at[b])
+    tiles = [_Tile.load(p, place_ref, q_ref, b, h, group * p.tiles + i) for i in range(p.tiles)]
+    start, stop = _bounds(p, tiles, part)
+
+    def step(i: jax.Array, carry: tuple) -> tuple:
+        place_N = start + i * p.block + jnp.arange(p.block, dtype=jnp.int32)
+        k_NC, v_NC = (_keys(p, ref, at, place_N, stop, h) for ref in (k_ref, v_ref))
+        k_scale, v_scale = (_scales(ref, at, place_N, stop, h) for ref in (k_scale_ref, v_scale_ref))
+        weighed = (tile.weigh(p, k_NC, k_scale, place_N, own) for tile, own in zip(tiles, carry, strict=True))
+        return tuple(_add_values(p, *one, v_NC, v_scale) for one in weighed)
+
+    zero = (
+        jnp.zeros((p.rows, p.width), jnp.float32),
+        jnp.full(p.rows, LOWEST, jnp.float32),
+        jnp.zeros(p.rows, jnp.float32),
+    )
+    steps = jnp.maximum(stop - start + p.block - 1, 0) // p.block
+    sums = jax.lax.fori_loop(0, steps, step, (zero,) * p.tiles)
+    for tile, (acc_MC, top_M, total_M) in zip(tiles, sums, strict=True):
+        if p.parts == 1:
+            acc_MC = acc_MC / total_M[:, None]
+            tile.put(p, outs[0], (b,), acc_MC, True)
+        else:
+            tile.put(p, outs[0], (b, part), acc_MC, steps > 0)
+            tile.put(p, outs[1], (b, part), top_M, steps > 0)
+            tile.put(p, outs[2], (b, part), total_M, steps > 0)
+
+
+class _Tile(NamedTuple):
+    """M queries of one kv head: query i is head i % G of token i // G.
+
+    token_M, head_M, real_M: which they are, and whether they are any. place_M: -1 where not real. pieces: q in
+    one or two arrays (M, C) to multiply keys by. unit_M: what the products are to be multiplied by, or None.
+    """
+
+    token_M: jax.Array
+    head_M: jax.Array
+    real_M: jax.Array
+    place_M: jax.Array
+    pieces: list[jax.Array]
+    unit_M: jax.Array | None
+
+    @classmethod
+    def load(cls, p: Plan, place_ref, q_ref, b: jax.Array, h: jax.Array, number: jax.Array) -> "_Tile":
+        query_M = number * p.rows + jnp.arange(p.rows, dtype=jnp.int32)
+        real_M = query_M < p.tokens * p.sharing
+        token_M, head_M = query_M // p.sharing, h * p.sharing + query_M % p.sharing
+        place_M = load(place_ref.at[b, token_M], mask=real_M, other=-1)
+        column_C = jnp.arange(p.width, dtype=jnp.int32)
+        real_MC = real_M[:, None] & (column_C < p.head_width)[None, :]
+        q_MC = load(q_ref.at[b, token_M[:, None], head_M[:, None], column_C[None, :]], mask=real_MC, other=0)
+        pieces, unit_M = _pieces(q_MC, p.dtype)
+        return cls(token_M, head_M, real_M, place_M, pieces, unit_M)
+
+    def weigh(self, p: Plan, k_NC: jax.Array, k_scale: jax.Array | None, place_N: jax.Array, sums: tuple) -> tuple:
+        """Softmax weights of a block, relative to the largest score so far, and the sums brought to it."""
+        acc_MC, top_M, total_M = sums
+        scores_MN = _dots(self.pieces, k_NC, 1)
+        if self.unit_M is not None:
+            scores_MN *= self.unit_M[:, None]
+        if k_scale is not None:
+            scores_MN *= k_scale
+        if p.softcap is None:
+            scores_MN *= p.scale * LOG2E
+        else:
+            scores_MN = jnp.tanh(scores_MN * (p.scale / p.softcap)) * (p.softcap * LOG2E)
+        seen_MN = place_N[None, :] <= self.place_M[:, None]
+        if p.sliding_window is not None:
+            seen_MN &= place_N[None, :] > self.place_M[:, None] - p.sliding_window
+        scores_MN = jnp.where(seen_MN, scores_MN, LOWEST)
+        new_M = jnp.maximum(top_M, jnp.max(scores_MN, 1))
+        shrink_M = jnp.exp2(top_M - new_M)
+        weights_MN = jnp.where(seen_MN, jnp.exp2(scores_MN - new_M[:, None]), 0.0)
+        return acc_MC * shrink_M[:, None], new_M, total_M * shrink_M + jnp.sum(weights_MN, 1), weights_MN
+
+    def put(self, p: Plan, ref, at: tuple, values: jax.Array, live: jax.Array | bool) -> None:
+        """Write values (M, C) or (M,) where these queries stand in (*at, T, H, C) or (*at, T, H)."""
+        if values.ndim == 1:
+            store(ref.at[(*at, self.token_M, self.head_M)], values, mask=self.real_M & live)
+            return
+        column_C = jnp.arange(p.width, dtype=jnp.int32)
+        mask = self.real_M[:, None] & (column_C < p.head_width)[None, :] & live
+        where = (*at, self.token_M[:, None], self.head_M[:, None], column_C[None, :])
+        store(ref.at[where], values.astype(ref.dtype), mask=mask)
+
+
+def _bounds(p: Plan, tiles: list[_Tile], part: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The places start..stop - 1 of a part that any query of these tiles sees; start is where a block begins."""
+    last = functools.reduce(jnp.maximum, [jnp.max(tile.place_M) for tile in tiles])
+    stop = jnp.minimum(jnp.minimum(last + 1, p.size), (part + 1) * p.part)
+    start = part * p.part
+    if p.sliding_window is not None:
+        places = [jnp.min(jnp.where(tile.real_M, tile.place_M, p.size)) for tile in tiles]
+        first = jnp.maximum(functools.reduce(jnp.minimum, places) - (p.sliding_window - 1), 0)
+        start = jnp.maximum(start, first // p.block * p.block)
+    return start, stop
+
+
+def _keys(p: Plan, ref, at: tuple, place_N: jax.Array, stop: jax.Array, h: jax.Array) -> jax.Array:
+    """Keys or values of a block, (N, C) in p.dtype; zero from `stop` on."""
+    column_C = jnp.arange(p.width, dtype=jnp.int32)
+    mask = (place_N < stop)[:, None] & (column_C < p.head_width)[None, :]
+    x_NC = load(ref.at[(*at, place_N[:, None], h, column_C[None, :])], mask=mask, other=0)
+    if x_NC.dtype != jnp.int8:
+        return x_NC
+    # 0x6400 is 1024 in float16, whose last bit counts 1: no conversion, which would take longer than reading.
+    bits = jax.lax.bitcast_convert_type(x_NC ^ jnp.int8(-128), jnp.uint8).astype(jnp.uint16) | jnp.uint16(0x6400)
+    return jax.lax.bitcast_convert_type(bits, jnp.float16) - jnp.float16(1024 + 128)
+
+
+def _scales(ref, at: tuple, place_N: jax.Array, stop: jax.Array, h: jax.Array) -> jax.Array | None:
+    """The scales of a block, (1, N); None where there are none."""
+    if ref is None:
+        return None
+    place_1N = place_N[None, :]
+    return load(ref.at[(*at, place_1N, h)], mask=place_1N < stop, other=0.0)
+
+
+def _add_values(p: Plan, acc_MC, top_M, total_M, weights_MN, v_NC, v_scale) -> tuple:
+    """The sums with a block's values in them."""
+    if v_scale is not None:
+        weights_MN = weights_MN * v_scale
+    pieces, unit_M = _pieces(weights_MN, p.dtype)
+    out_MC = _dots(pieces, v_NC, 0)
+    if unit_M is not None:
+        out_MC *= unit_M[:, None]
+    return acc_MC + out_MC, top_M, total_M
+
+
+def _pieces(x_MK: jax.Array, dtype: str) -> tuple[list[jax.Array], jax.Array | None]:
+    """x as a sum of arrays of `dtype`, and by what (M,) that sum is to be multiplied, or None.
+
+    The first piece is x cut to the bits that `dtype` has, so that no compiler can take the cut for a rounding to and fro.
+    """
+    if x_MK.dtype == jnp.dtype(dtype):
+        return [x_MK], None
+    x_MK, unit_M = x_MK.astype(jnp.float32), None
+    if dtype == "float32":
+        return [x_MK], None
+    if dtype == "float16":
+        power_M = jax.lax.bitcast_convert_type(jnp.max(jnp.abs(x_MK), 1), jnp.int32) & 0x7F800000
+        inverse_M = jax.lax.bitcast_convert_type(0x7F000000 - power_M, jnp.float32)
+        x_MK = x_MK * inverse_M[:, None] * LIFT
+        unit_M = jax.lax.bitcast_convert_type(power_M, jnp.float32) * (1 / LIFT)
+    cut = ~0xFFFF if dtype == "bfloat16" else ~0x1FFF
+    bits_MK = jax.lax.bitcast_convert_type(x_MK, jnp.int32) & jnp.int32(cut)
+    first_MK = jax.lax.bitcast_convert_type(bits_MK, jnp.float32)
+    return [first_MK.astype(dtype), (x_MK - first_MK).astype(dtype)], unit_M
+
+
+def _dots(pieces: list[jax.Array], y: jax.Array, axis: int) -> jax.Array:
+    """The sum of the products of each piece (M, X) and y, whose axis `axis` is X, in float32."""
+    precision = jax.lax.Precision.HIGHEST if y.dtype == jnp.float32 else None
+
+    def dot(x: jax.Array) -> jax.Array:
+        sides = (((1,), (axis,)), ((), ()))
+        return jax.lax.dot_general(x, y, sides, precision=precision, preferred_element_type=jnp.float32)
+
+    return functools.reduce(jnp.add, [dot(x) for x in reversed(pieces)])  # the small ones first
+
+
+def _join_parts(p: Plan, place_ref, acc_ref, top_ref, total_ref, out_ref) -> None:
+    """One query: the parts of its row that it sees, joined."""
+    head, t, b = program_id(0), program_id(1), program_id(2)
+    place = jnp.minimum(load(place_ref.at[b, t]), p.size - 1)
+    first = jnp.int32(0)
+    if p.sliding_window is not None:
+        first = jnp.maximum(place - (p.sliding_window - 1), 0) // p.part
+    count = jnp.maximum(place + p.part, 0) // p.part
+    column_C = jnp.arange(p.width, dtype=jnp.int32)
+
+    def step(i: jax.Array, carry: tuple) -> tuple:
+        acc_C, top, total = carry
+        part_P = i * JOINED + jnp.arange(JOINED, dtype=jnp.int32)
+        real_P = (part_P >= first) & (part_P < count)
+        real_PC = real_P[:, None] & (column_C < p.head_width)[None, :]
+        top_P = load(top_ref.at[b, part_P, t, head], mask=real_P, other=LOWEST)
+        total_P = load(total_ref.at[b, part_P, t, head], mask=real_P, other=0.0)
+        acc_PC = load(acc_ref.at[b, part_P[:, None], t, head, column_C[None, :]], mask=real_PC, other=0.0)
+        new = jnp.maximum(top, jnp.max(top_P))
+        share_P, shrink = jnp.exp2(top_P - new), jnp.exp2(top - new)
+        acc_C = acc_C * shrink + jnp.sum(acc_PC * share_P[:, None], 0)
+        return acc_C, new, total * shrink + jnp.sum(total_P * share_P)
+
+    zero = jnp.zeros(p.width, jnp.float32), jnp.float32(LOWEST), jnp.float32(0)
+    acc_C, _, total = jax.lax.fori_loop(first // JOINED, (count + JOINED - 1) // JOINED, step, zero)
+    store(out_ref.at[b, t, head, column_C], (acc_C / total).astype(out_ref.dtype), mask=column_C < p.head_width)
