@@ -7,14 +7,14 @@ One program takes one kv head of one row, some tiles of its T * G queries, which
 the row. It goes through the part in blocks, up to the last place that its queries see. Parts of a row are joined by a
 second kernel; a row of one part needs none.
 
-Order of the sums: parts and blocks begin at fixed places; a tile of a short call (T <= 16) has always M = 16 rows. What
-a query does not see adds exact zeros. So the result of a query depends on nothing but itself and what it sees: not on B, T,
-the window, or the size of the cache.
+Order of the sums: parts and blocks begin at fixed places, and a tile of a short call (T <= 16) has always M = 16 rows.
+What a query does not see adds exact zeros. So the result of a query depends on nothing but itself and what it sees: not
+on B, T, the window, or the size of the cache.
 
 Precision: products are of 16-bit numbers on tensor cores, and queries and softmax weights go in as the sum of two such
-numbers (about 16 bits with bfloat16, 22 with float16), unless a query has the cache's own type and so needs one. int8
-becomes float16, exactly. A float32 cache is multiplied in float32. NMSE against the float32 reference, as tested: below
-1e-12 for float32, float16 and int8, below 1e-9 for bfloat16. Source: Dao et al. 2022 and 2023 (flash attention, flash decoding).
+numbers (about 16 bits with bfloat16, 22 with float16); queries of the cache's own type need one. int8 becomes
+float16, exactly. A float32 cache is multiplied in float32. NMSE against the float32 reference, as tested: below 1e-12
+for float32, float16 and int8, below 1e-9 for bfloat16. Source: Dao et al. 2022, 2023 (flash attention, flash decoding).
 """
 
 import functools
@@ -71,20 +71,16 @@ class Plan(NamedTuple):
         return self.heads // self.kv_heads
 
 
-def refuses(
-    q_shape: tuple[int, ...], q_dtype, k_shape: tuple[int, ...], k_dtype, *, packed: bool = False
-) -> str | None:
-    """Why the kernels cannot serve queries (B, T, H, C) on a cache (L, B, S, K, C), or None. packed: with `first_BT`."""
-    if jnp.dtype(k_dtype).name not in ("float32", "bfloat16", "float16", "int8"):
-        return f"a cache of {jnp.dtype(k_dtype).name} is not known to it"
-    if jnp.dtype(q_dtype).name not in ("float32", "bfloat16", "float16"):
-        return f"queries of {jnp.dtype(q_dtype).name} are not known to it"
-    if q_shape[-1] > WIDEST:
+def refuses(q: jax.Array, k: jax.Array) -> str | None:
+    """Why the kernels cannot serve queries (B, T, H, C) on a cache (L, B, S, K, C) or (B, S, K, C), or None."""
+    if k.dtype.name not in ("float32", "bfloat16", "float16", "int8"):
+        return f"keys of {k.dtype} are not known to it"
+    if q.dtype.name not in ("float32", "bfloat16", "float16"):
+        return f"queries of {q.dtype} are not known to it"
+    if q.shape[-1] > WIDEST:
         return f"heads may be {WIDEST} wide at most"
-    if packed:
-        return "it knows nothing of documents packed end to end"
-    if jnp.dtype(k_dtype).itemsize == 1 and 2**31 < functools.reduce(int.__mul__, k_shape, 1) <= 2**32:
-        return "Pallas takes 32-bit signed offsets for int8 arrays of 2 to 4 GiB"
+    if k.dtype == jnp.int8 and 2**31 < k.size <= 2**32:
+        return "Pallas reaches only half of an int8 array of 2 to 4 GiB: its offsets are 32-bit and signed"
     return None
 
 
@@ -97,7 +93,7 @@ def plan(q_shape: tuple[int, ...], k_shape: tuple[int, ...], k_dtype, *, window=
     small = dtype == "float32" or C > 128
     rows = 16 if T <= SHORT else 32 if small else 64
     needed = -(-T * (H // K) // rows)
-    tiles = min(needed, 2) if T <= SHORT else 1
+    tiles = min(needed, 2) if T <= SHORT and not small else 1
     part = PART if T <= SHORT else size
     return Plan(
         tokens=T, heads=H, kv_heads=K, head_width=C, size=size, rows=rows, tiles=tiles, groups=-(-needed // tiles),
@@ -133,8 +129,8 @@ def attend(
         operands,
         out if p.parts == 1 else partial,
         grid=(p.kv_heads, p.parts * p.groups, B),
-        num_warps=4,
-        num_stages=3,
+        num_warps=8 if p.dtype == "float32" else 4,  # with 4, float32 spills
+        num_stages=1 if scales else 3,
         name="attend",
     )
     if p.parts == 1:
@@ -152,12 +148,19 @@ def _attend_part(p: Plan, layer_ref, row_ref, place_ref, q_ref, k_ref, v_ref, *r
     tiles = [_Tile.load(p, place_ref, q_ref, b, h, group * p.tiles + i) for i in range(p.tiles)]
     start, stop = _bounds(p, tiles, part)
 
+    def places(i: jax.Array) -> jax.Array:
+        return start + i * p.block + jnp.arange(p.block, dtype=jnp.int32)
+
+    def fetch(i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return tuple(_load_block(p, ref, at, places(i), stop, h) for ref in (k_ref, v_ref))
+
     def step(i: jax.Array, carry: tuple) -> tuple:
-        place_N = start + i * p.block + jnp.arange(p.block, dtype=jnp.int32)
-        k_NC, v_NC = (_keys(p, ref, at, place_N, stop, h) for ref in (k_ref, v_ref))
-        k_scale, v_scale = (_scales(ref, at, place_N, stop, h) for ref in (k_scale_ref, v_scale_ref))
-        weighed = (tile.weigh(p, k_NC, k_scale, place_N, own) for tile, own in zip(tiles, carry, strict=True))
-        return tuple(_add_values(p, *one, v_NC, v_scale) for one in weighed)
+        held, sums = carry
+        k_NC, v_NC = (pallas.int8_to_float16(x) for x in held) if held else fetch(i)
+        held = held and fetch(i + 1)
+        k_scale, v_scale = (_load_scales(ref, at, places(i), stop, h) for ref in (k_scale_ref, v_scale_ref))
+        weighed = [tile.weigh(p, k_NC, k_scale, places(i), own) for tile, own in zip(tiles, sums, strict=True)]
+        return held, tuple(_add_values(p, *one, v_NC, v_scale) for one in weighed)
 
     zero = (
         jnp.zeros((p.rows, p.width), jnp.float32),
@@ -165,7 +168,10 @@ def _attend_part(p: Plan, layer_ref, row_ref, place_ref, q_ref, k_ref, v_ref, *r
         jnp.zeros(p.rows, jnp.float32),
     )
     steps = jnp.maximum(stop - start + p.block - 1, 0) // p.block
-    sums = jax.lax.fori_loop(0, steps, step, (zero,) * p.tiles)
+    # int8 comes a block ahead and through registers: what Triton itself fetches ahead lies in shared memory as bytes,
+    # and is read from there a byte at a time.
+    ahead = fetch(jnp.int32(0)) if k_ref.dtype == jnp.int8 else ()
+    _, sums = jax.lax.fori_loop(0, steps, step, (ahead, (zero,) * p.tiles))
     for tile, (acc_MC, top_M, total_M) in zip(tiles, sums, strict=True):
         if p.parts == 1:
             acc_MC = acc_MC / total_M[:, None]
@@ -246,19 +252,14 @@ def _bounds(p: Plan, tiles: list[_Tile], part: jax.Array) -> tuple[jax.Array, ja
     return start, stop
 
 
-def _keys(p: Plan, ref, at: tuple, place_N: jax.Array, stop: jax.Array, h: jax.Array) -> jax.Array:
-    """Keys or values of a block, (N, C) in p.dtype; zero from `stop` on."""
+def _load_block(p: Plan, ref, at: tuple, place_N: jax.Array, stop: jax.Array, h: jax.Array) -> jax.Array:
+    """Keys or values of a block, (N, C) as they are stored; zero from `stop` on."""
     column_C = jnp.arange(p.width, dtype=jnp.int32)
     mask = (place_N < stop)[:, None] & (column_C < p.head_width)[None, :]
-    x_NC = load(ref.at[(*at, place_N[:, None], h, column_C[None, :])], mask=mask, other=0)
-    if x_NC.dtype != jnp.int8:
-        return x_NC
-    # 0x6400 is 1024 in float16, whose last bit counts 1: no conversion, which would take longer than reading.
-    bits = jax.lax.bitcast_convert_type(x_NC ^ jnp.int8(-128), jnp.uint8).astype(jnp.uint16) | jnp.uint16(0x6400)
-    return jax.lax.bitcast_convert_type(bits, jnp.float16) - jnp.float16(1024 + 128)
+    return load(ref.at[(*at, place_N[:, None], h, column_C[None, :])], mask=mask, other=0)
 
 
-def _scales(ref, at: tuple, place_N: jax.Array, stop: jax.Array, h: jax.Array) -> jax.Array | None:
+def _load_scales(ref, at: tuple, place_N: jax.Array, stop: jax.Array, h: jax.Array) -> jax.Array | None:
     """The scales of a block, (1, N); None where there are none."""
     if ref is None:
         return None
@@ -280,7 +281,7 @@ def _add_values(p: Plan, acc_MC, top_M, total_M, weights_MN, v_NC, v_scale) -> t
 def _pieces(x_MK: jax.Array, dtype: str) -> tuple[list[jax.Array], jax.Array | None]:
     """x as a sum of arrays of `dtype`, and by what (M,) that sum is to be multiplied, or None.
 
-    The first piece is x cut to the bits that `dtype` has, so that no compiler can take the cut for a rounding to and fro.
+    The first piece is x cut to the bits that `dtype` has: no compiler can take that for a rounding to be left out.
     """
     if x_MK.dtype == jnp.dtype(dtype):
         return [x_MK], None

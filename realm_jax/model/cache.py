@@ -19,12 +19,19 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 
 
 class KeyValues(NamedTuple):
-    """Keys and values (B, S, K, C) as attention reads them; for int8 with the scales (B, S, K) that they lack."""
+    """Keys and values (B, S, K, C) as attention reads them; for int8 with the scales (B, S, K) that they lack.
+
+    With `layer` they are those of a whole cache, with a leading axis L, of which attention reads that layer, and of it
+    the rows `rows_B` (all in order, where None) as far as `window` goes.
+    """
 
     k: jax.Array
     v: jax.Array
     k_scale: jax.Array | None = None
     v_scale: jax.Array | None = None
+    layer: int | None = None
+    rows_B: jax.Array | None = None
+    window: int | None = None
 
 
 @flax.struct.dataclass
@@ -92,14 +99,7 @@ class KVCache:
 
     def read(self, layer: int, row_B: jax.Array | None) -> KeyValues:
         """Keys and values of a layer, of rows `row_B` (all in order, where None), as far as the window goes."""
-
-        def part(x: jax.Array | None) -> jax.Array | None:
-            if x is None:
-                return None
-            x = x[layer, :, : self.window]
-            return x if row_B is None else x.at[row_B].get(mode="clip")
-
-        return KeyValues(part(self.k), part(self.v), part(self.k_scale), part(self.v_scale))
+        return KeyValues(self.k, self.v, self.k_scale, self.v_scale, layer, row_B, self.window)
 
 
 def _put(own: jax.Array, at: tuple[int | jax.Array, ...], values: jax.Array) -> jax.Array:

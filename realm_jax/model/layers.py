@@ -97,6 +97,9 @@ def attend(
         scale=config.head_width**-0.5,
         k_scale_BSK=kv.k_scale,
         v_scale_BSK=kv.v_scale,
+        layer=kv.layer,
+        rows_B=kv.rows_B,
+        window=kv.window,
     )
     return project(out_BTHC.reshape(*out_BTHC.shape[:2], -1), w, "o", deltas, observe)
 
