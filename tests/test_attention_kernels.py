@@ -25,12 +25,9 @@ def in_the_interpreter():
 
 # T tokens a row, G query heads a kv head, C head width; S = 520: two whole parts of a row and a rest.
 CASES = [
-    ("float32", 3, 4, 16),
-    ("bfloat16", 1, 4, 80),
-    ("float16", 3, 3, 16),
+    ("float32", 3, 4, 20),
     ("int8", 16, 4, 32),
     ("bfloat16", 40, 1, 16),
-    ("int8", 40, 4, 16),
     *(
         SLOW(dtype, T, G, C)
         for dtype in BOUNDS
@@ -75,7 +72,7 @@ def test_queries_of_16_bits_are_rounded_once_at_the_end(q_dtype):
 
 
 @pytest.mark.parametrize("sliding_window", [None, SLOW(70)])
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8", SLOW("float16"), SLOW("float32")])
+@pytest.mark.parametrize("dtype", ["int8", SLOW("bfloat16"), SLOW("float16"), SLOW("float32")])
 def test_a_query_gets_the_same_bits_whatever_is_beside_it(dtype, sliding_window):
     same_bits_whatever_is_beside(dtype, tokens=(1, 8), sliding_window=sliding_window)
 
@@ -86,35 +83,38 @@ def test_leftovers_do_not_count():
     q, place = queries(B=2, T=2, H=2, C=16), jnp.array([[4, 5], [264, 265]], jnp.int32)
     at = jnp.arange(300)[:, None, None] > place[:, -1, None, None, None]
     wild = {name: jnp.where(at, jnp.where(x > 0, 3e38, jnp.inf), x) for name, x in cache.items()}
-    one, other = (attention(q, place_BT=place, **x, scale=1.0, layer=0, impl="triton") for x in (cache, wild))
+    attend = jax.jit(functools.partial(attention, scale=1.0, layer=0, impl="triton"))
+    one, other = (attend(q, place_BT=place, **x) for x in (cache, wild))
     np.testing.assert_array_equal(one, other)
     assert np.isfinite(one).all()
 
 
-def test_scores_and_queries_of_any_size():
-    for dtype in ("float16", "int8"):  # whose pieces have a small range
-        cache, place = cache_of(dtype, B=1, S=40, K=1, C=16), jnp.array([[39]], jnp.int32)
-        for size in (1e-20, 1e6):
-            q = queries(B=1, T=1, H=1, C=16) * size
-            got = attention(q, place_BT=place, **cache, scale=1 / size, layer=1, impl="triton")
-            assert nmse(got, float32_reference(q, cache, place, scale=1 / size)) < BOUNDS[dtype]
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["int8", "float16"])  # both are multiplied in float16, which has a small range
+def test_queries_of_any_size(dtype):
+    cache, place = cache_of(dtype, B=1, S=40, K=1, C=16), jnp.array([[39]], jnp.int32)
+    attend = jax.jit(functools.partial(attention, scale=1.0, layer=1, impl="triton"))
+    for size in (1e-20, 1.0, 1e6):
+        q = queries(B=1, T=1, H=1, C=16) * size
+        assert nmse(attend(q, place_BT=place, **cache), float32_reference(q, cache, place, scale=1.0)) < BOUNDS[dtype]
 
 
 def test_gradients_are_the_references():
-    (k, v), q = cache_of("float32", B=2, S=24, K=1, C=16).values(), queries(B=2, T=3, H=2, C=16)
-    place = jnp.array([[0, 1, 2], [20, 21, 22]], jnp.int32)
+    (k, v), q = cache_of("float32", B=2, S=24, K=1, C=16).values(), queries(B=2, T=2, H=2, C=16)
+    place = jnp.array([[0, 1], [20, 21]], jnp.int32)
 
     def loss(q, k, v, impl):
         return jnp.sum(jnp.sin(attention(q, k, v, place, scale=0.25, layer=1, impl=impl)))
 
-    got, want = (jax.grad(loss, (0, 1, 2))(q, k, v, impl) for impl in ("triton", "reference"))
+    gradients = jax.jit(jax.grad(loss, (0, 1, 2)), static_argnums=3)
+    got, want = (gradients(q, k, v, impl) for impl in ("triton", "reference"))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), got, want)
 
 
 def test_vmap_is_a_loop():
     (k, v), q = cache_of("float32", B=2, S=24, K=1, C=16).values(), queries(B=3, T=2, H=1, C=16)[:, None]
     place = jnp.array([[20, 21]], jnp.int32)
-    one = functools.partial(attention, scale=0.25, layer=1, impl="triton")
+    one = jax.jit(functools.partial(attention, scale=0.25, layer=1, impl="triton"))
     got = jax.vmap(lambda q: one(q, k, v, place))(q)
     np.testing.assert_array_equal(got, jnp.stack([one(x, k, v, place) for x in q]))
 
