@@ -36,6 +36,6 @@ def test_queries_of_16_bits_are_rounded_once_at_the_end(q_dtype, T):
 
 
 @pytest.mark.parametrize("dtype", sorted(BOUNDS))
-@pytest.mark.parametrize("sliding_window", [None, 70])
-def test_a_query_gets_the_same_bits_whatever_is_beside_it(dtype, sliding_window):
-    same_bits_whatever_is_beside(dtype, tokens=tuple(range(1, 17)), K=2, G=4, C=128, sliding_window=sliding_window)
+@pytest.mark.parametrize(("tokens", "sliding_window"), [(tuple(range(1, 17)), None), ((1, 5, 16), 70)])
+def test_a_query_gets_the_same_bits_whatever_is_beside_it(dtype, tokens, sliding_window):
+    same_bits_whatever_is_beside(dtype, tokens=tokens, K=2, G=4, C=128, sliding_window=sliding_window)
