@@ -10,7 +10,7 @@ from attention_toys import BOUNDS, cache_of, float32_reference, nmse, queries, s
 from decode_toys import random_model
 
 from realm_jax.errors import RealmError
-from realm_jax.kernels import pallas, triton_attention
+from realm_jax.kernels import attention_plan, pallas, triton_attention
 from realm_jax.kernels.attention import attention, choose_attention
 from realm_jax.model import KVCache, run
 
@@ -161,7 +161,7 @@ def test_auto_says_what_it_takes(monkeypatch):
     with pytest.raises(RealmError, match="heads may be 256 wide at most"):
         attention(wide, wide[None], wide[None], place[:1, :1], scale=1.0, layer=0, impl="triton")
     huge = jax.ShapeDtypeStruct((32, 128, 1024, 8, 96), jnp.int8)  # 3 GiB
-    assert "2 to 4 GiB" in triton_attention.refuses(q, huge)
+    assert "2 to 4 GiB" in attention_plan.refuses(q, huge)
 
 
 @pytest.mark.parametrize(
@@ -188,4 +188,4 @@ def test_it_lowers_for_cuda(monkeypatch, dtype, q_dtype, T):
         shape((B,), jnp.int32),
     )
     lowered = jax.jit(f).trace(*args, *(scales if dtype == "int8" else ())).lower(lowering_platforms=("cuda",))
-    assert lowered.as_text().count("__gpu$xla.gpu.triton") == (2 if T <= triton_attention.SHORT else 1)
+    assert lowered.as_text().count("__gpu$xla.gpu.triton") == (2 if T <= attention_plan.SHORT else 1)

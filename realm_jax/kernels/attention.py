@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from realm_jax.errors import RealmError
-from realm_jax.kernels import pallas, triton_attention
+from realm_jax.kernels import attention_plan, pallas, triton_attention
 
 HIGHEST = jax.lax.Precision.HIGHEST
 IMPLEMENTATIONS = ("triton", "reference")  # in the order in which "auto" asks them
@@ -78,7 +78,7 @@ def _refuses(impl: str, q_BTHC: jax.Array, k: jax.Array, first_BT: jax.Array | N
         return f"it needs a CUDA backend, and JAX runs on {jax.default_backend()}; use auto or reference"
     if first_BT is not None:
         return "it knows nothing of first_BT (documents packed end to end); use auto or reference"
-    return triton_attention.refuses(q_BTHC, k)
+    return attention_plan.refuses(q_BTHC, k)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -24,81 +24,13 @@ import jax
 import jax.numpy as jnp
 
 from realm_jax.kernels import pallas
+from realm_jax.kernels.attention_plan import Plan, plan
 from realm_jax.kernels.pallas import Shape, load, program_id, store
 
 LOG2E = 1.4426950408889634
 LOWEST = -1e30  # stands for minus infinity, whose differences are not NaN
-SHORT = 16  # the most tokens of a row that share one tile after another
-PART = 256  # places of a part of a row, for short calls
 JOINED = 16  # parts that the joining kernel takes at once
 LIFT = 4096.0  # a power of two: what is split into float16 pieces is brought to 4096..8191, far from the subnormals
-WIDEST = 256  # head width
-
-
-class Plan(NamedTuple):
-    """What a kernel is compiled for; all of it static.
-
-    tokens, heads, kv_heads, head_width: T, H, K, C. size: places of a row that are read at most. rows: M of a tile.
-    tiles: of one program. groups: programs for the queries of a kv head. part, parts: places of a part, how
-    many there are. block: N. dtype: in which keys and values are multiplied. scale, softcap, sliding_window: as in
-    `kernels.attention`.
-    """
-
-    tokens: int
-    heads: int
-    kv_heads: int
-    head_width: int
-    size: int
-    rows: int
-    tiles: int
-    groups: int
-    part: int
-    parts: int
-    block: int
-    dtype: str
-    scale: float
-    softcap: float | None
-    sliding_window: int | None
-
-    @property
-    def width(self) -> int:
-        """C, padded to a power of two that tensor cores take."""
-        return max(16, 1 << (self.head_width - 1).bit_length())
-
-    @property
-    def sharing(self) -> int:
-        """G, the query heads of one kv head."""
-        return self.heads // self.kv_heads
-
-
-def refuses(q: jax.Array, k: jax.Array) -> str | None:
-    """Why the kernels cannot serve queries (B, T, H, C) on a cache (L, B, S, K, C) or (B, S, K, C), or None."""
-    if k.dtype.name not in ("float32", "bfloat16", "float16", "int8"):
-        return f"keys of {k.dtype} are not known to it"
-    if q.dtype.name not in ("float32", "bfloat16", "float16"):
-        return f"queries of {q.dtype} are not known to it"
-    if q.shape[-1] > WIDEST:
-        return f"heads may be {WIDEST} wide at most"
-    if k.dtype == jnp.int8 and 2**31 < k.size <= 2**32:
-        return "Pallas reaches only half of an int8 array of 2 to 4 GiB: its offsets are 32-bit and signed"
-    return None
-
-
-def plan(q_shape: tuple[int, ...], k_shape: tuple[int, ...], k_dtype, *, window=None, **options) -> Plan:
-    """How queries (B, T, H, C) are attended to a cache (L, B, S, K, C); options: scale, softcap, sliding_window."""
-    _, T, H, C = q_shape
-    S, K = k_shape[2:4]
-    size = min(S, window or S)
-    dtype = "float16" if jnp.dtype(k_dtype) == jnp.int8 else jnp.dtype(k_dtype).name
-    small = dtype == "float32" or C > 128
-    rows = 16 if T <= SHORT else 32 if small else 64
-    needed = -(-T * (H // K) // rows)
-    tiles = min(needed, 2) if T <= SHORT and not small else 1
-    part = PART if T <= SHORT else size
-    return Plan(
-        tokens=T, heads=H, kv_heads=K, head_width=C, size=size, rows=rows, tiles=tiles, groups=-(-needed // tiles),
-        part=part, parts=-(-size // part), block=32 if small else 64, dtype=dtype, **options,
-    )  # fmt: skip
 
 
 def attend(
@@ -130,7 +62,7 @@ def attend(
         out if p.parts == 1 else partial,
         grid=(p.kv_heads, p.parts * p.groups, B),
         num_warps=8 if p.dtype == "float32" else 4,  # with 4, float32 spills
-        num_stages=1 if scales else 3,
+        num_stages=1 if scales else 3 if p.rows == 16 else 2,
         name="attend",
     )
     if p.parts == 1:
