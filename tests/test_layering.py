@@ -24,6 +24,7 @@ FLOORS = {
     "evaluate": 5,
     "logits": 5,
     "engine": 6,
+    "speed": 6,
     "experiment": 6,
     "quantizer": 6,
     "finetune": 7,

@@ -91,6 +91,8 @@ class DecodeState:
     """int32: ids that end a row, padded with -1."""
     logprobs: LogprobBuffers | None = None
     """Log-probabilities, or None where no row asked for them."""
+    dtype: str = struct.field(pytree_node=False, default="float32")
+    """Static: of the activations between the products, as in `transformer.run`."""
 
     @property
     def ready_B(self) -> jax.Array:
@@ -105,7 +107,8 @@ def step(params: Params, config: Config, state: DecodeState, deltas: Params | No
     """
     ready_B = state.ready_B
     pending_B1 = jnp.take_along_axis(state.tokens_BS, state.length_B[:, None] - 1, axis=1)
-    hidden_B1D, cache = run(params, config, pending_B1, state.cache, ready_B.astype(jnp.int32), deltas=deltas)
+    count_B = ready_B.astype(jnp.int32)
+    hidden_B1D, cache = run(params, config, pending_B1, state.cache, count_B, deltas=deltas, dtype=state.dtype)
     logits_BV = unembed(params, config, hidden_B1D[:, 0], deltas=deltas)
     past = sampling.past(state.params, state.tokens_BS, state.prompt_length_B, state.length_B, config.vocab_size)
     token_B = sampling.next_token(logits_BV, state.params, past, state.keys_B, state.length_B)
@@ -151,10 +154,11 @@ def prefill(
     pending one. The cache's buffers are reused: the state passed in is gone afterwards.
     """
     left_B = jnp.where(state.stop_B == Stop.RUNNING, state.length_B - 1 - state.cache.length_B, 0)
-    return state.replace(cache=fill_cache(params, config, state.cache, state.tokens_BS, left_B, chunk, deltas))
+    tokens_BS, dtype = state.tokens_BS, state.dtype
+    return state.replace(cache=fill_cache(params, config, state.cache, tokens_BS, left_B, chunk, deltas, dtype=dtype))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "chunk"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("config", "chunk", "dtype"), donate_argnames="cache")
 def fill_cache(
     params: Params,
     config: Config,
@@ -164,15 +168,17 @@ def fill_cache(
     chunk: int,
     deltas: Params | None,
     rows_B: jax.Array | None = None,
+    dtype: str = "float32",
 ) -> KVCache:
     """Run up to `chunk` of each row's `left_B` next tokens. Knows nothing of sampling, whose variants thus share it.
 
-    rows_B: which rows of the cache these are, as in `transformer.run`.
+    rows_B: which rows of the cache these are; dtype: of the activations; both as in `transformer.run`.
     """
     start_B = cache.length_B if rows_B is None else cache.length_B.at[rows_B].get(mode="clip")
     position_BT = start_B[:, None] + jnp.arange(chunk)
     tokens_BT = jnp.take_along_axis(tokens_BS, jnp.minimum(position_BT, tokens_BS.shape[1] - 1), axis=1)
-    return run(params, config, tokens_BT, cache, jnp.clip(left_B, 0, chunk), rows_B=rows_B, deltas=deltas)[1]
+    count_B = jnp.clip(left_B, 0, chunk)
+    return run(params, config, tokens_BT, cache, count_B, rows_B=rows_B, deltas=deltas, dtype=dtype)[1]
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")

@@ -1,0 +1,84 @@
+"""What `inspect_kernel` can compile: its own cases by name, and those of any module."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from realm_jax.errors import RealmError
+
+
+def step(
+    shape: str = "toy", layers: int = 0, mix: str = "Q4_K_M", model: str = "", batch: int = 1, context: int = 512,
+    cache: str = "bfloat16", activations: str = "float32",
+) -> tuple:  # fmt: skip
+    """The loop of plain decoding. model: a GGUF file in place of a shape of `random_model` with a mix of formats."""
+    import jax
+    import jax.numpy as jnp
+    from realm_jax.speed import ready_state
+
+    from random_model import model_specs, shape_config
+    from realm_jax.decode.loop import decode
+    from realm_jax.model import load
+
+    found = load(model) if model else model_specs(shape_config(shape, layers), mix)
+    state = jax.eval_shape(lambda: ready_state(found, batch, context, 64, cache_dtype=cache, dtype=activations))
+
+    def loop(params: Any, state: Any, steps: Any) -> Any:
+        return decode(params, found.config, state, steps)
+
+    args = found.params, state, jax.ShapeDtypeStruct((), jnp.int32)
+    return loop, args, {"donate": (1,), "thunks": True}
+
+
+def matmul(format: str = "Q4_K", outputs: int = 28672, inputs: int = 4096, rows: int = 1, impl: str = "auto") -> tuple:
+    """The product of x (rows, inputs) and packed weights (outputs, inputs)."""
+    import jax
+    import jax.numpy as jnp
+
+    from random_model import weight_spec
+    from realm_jax.kernels.matmul import matmul
+
+    weight = weight_spec(format, (outputs, inputs))
+    packed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight))
+    x = jax.ShapeDtypeStruct((rows, inputs), jnp.float32)
+    return lambda x, w: matmul(x, w, impl=impl), (x, weight), {"weights": outputs * inputs, "bytes": packed}
+
+
+CASES = {"step": step, "matmul": matmul}
+
+
+def find_case(name: str) -> Callable[..., tuple]:
+    """A built-in case, or `module:function` from the folder one is in. RealmError where there is none."""
+    if name in CASES:
+        return CASES[name]
+    module, _, function = name.partition(":")
+    if not function:
+        raise RealmError(f"case {name!r} is not known; take {', '.join(CASES)}, or module:function")
+    sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise RealmError(f"case {name!r}: {error}") from error
+
+
+def read_options(case: Callable[..., tuple], words: list[str]) -> dict[str, Any]:
+    """`--layers 4 --mix Q8_0` as arguments of a case. RealmError for what it does not take."""
+    known = [p.name for p in inspect.signature(case).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(case).parameters.values())
+    options = {}
+    for name, value in zip(words[::2], [*words[1::2], None], strict=False):
+        key = name.removeprefix("--").replace("-", "_")
+        if not name.startswith("--") or value is None or (key not in known and not open_ended):
+            takes = ", ".join(f"--{one}" for one in known)
+            raise RealmError(f"option {name!r}: want --name value with a name that the case takes: {takes or 'none'}")
+        try:
+            options[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[key] = value
+    return options
