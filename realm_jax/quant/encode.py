@@ -46,7 +46,7 @@ def quantize(
         w = lax.stop_gradient(w)  # codes are integers: their gradient is zero
         if kind is None:
             return w.astype(DENSE_FORMATS[format])
-        return QuantizedTensor(_encode(kind, w, importance, method), format)
+        return QuantizedTensor(kind.group(_encode(kind, w, importance, method)), format)
     if kind is None:
         out, fits = _cast(w, format)
         finite = bool(fits) or bool(jnp.isfinite(jnp.asarray(w)).all())
@@ -94,12 +94,12 @@ def _cast(w: jax.Array, format: str) -> tuple[jax.Array, jax.Array]:
 
 
 def _encode(kind: Format, w: jax.Array, importance: jax.Array | None, method: str) -> dict[str, jax.Array]:
-    """Planes of rows (..., K), behind a barrier: XLA may read a float16 scale before it is rounded."""
-    return lax.optimization_barrier(kind.encode(w, importance, method))
+    """Word-major planes of rows (..., K), behind a barrier: XLA may read a float16 scale before it is rounded."""
+    return lax.optimization_barrier(kind.write_words(w, importance, method))
 
 
 class _Part(NamedTuple):
-    """What encoding a stripe gives: planes (B, ...) of rows of one block, and two flags about its values."""
+    """What encoding a stripe gives: word-major planes (B, ...) of rows of one block, and two flags about its values."""
 
     planes: dict[str, jax.Array]
     finite: jax.Array
@@ -110,7 +110,7 @@ class _Part(NamedTuple):
 def _encode_stripe(blocks: jax.Array, importance: jax.Array | None, format: str, method: str) -> _Part:
     kind = get_format(format)
     planes = _encode(kind, blocks, importance, method)
-    scales = kind.block_scales(planes).values()
+    scales = kind.block_scales(kind.group(planes)).values()
     fits = functools.reduce(jnp.logical_and, (jnp.isfinite(scale).all() for scale in scales))
     return _Part(planes, jnp.isfinite(blocks).all(), fits)
 
@@ -140,7 +140,7 @@ def _encode_in_stripes(kind: Format, w: Any, importance: Any, method: str) -> tu
         whole = xp.concatenate([xp.asarray(part.planes[name]) for part in parts])[:count]
         planes[name] = _by_rows(xp, whole, w.shape[:-1], w.shape[-1] // kind.block_size)
     finite, fits = (all(bool(flag) for flag in flags) for flags in list(zip(*parts, strict=True))[1:])
-    return jax.device_put(planes), finite, fits
+    return jax.device_put(kind.group(planes)), finite, fits
 
 
 def _importance_of_blocks(xp: Any, importance: Any, shape: tuple[int, ...], size: int) -> Callable[[int, int], Any]:
@@ -156,7 +156,7 @@ def _importance_of_blocks(xp: Any, importance: Any, shape: tuple[int, ...], size
 
 
 def _by_rows(xp: Any, plane: Any, rows: tuple[int, ...], per_row: int) -> Any:
-    """A plane of single blocks (blocks, [W,] chunks) as a plane of rows (*rows, [W,] per_row * chunks)."""
+    """A word-major plane of single blocks (blocks, [W,] chunks) as one of rows (*rows, [W,] per_row * chunks)."""
     *words, chunks = plane.shape[1:]
     plane = xp.moveaxis(plane.reshape(*rows, per_row, *words, chunks), len(rows), -2)
     return plane.reshape(*rows, *words, per_row * chunks)

@@ -1,12 +1,16 @@
 """What a ggml block format is made of, and how raw blocks become planes and planes raw blocks (numpy, on the host).
 
 A *plane* holds one field of all blocks of a tensor. Rows stay rows: a tensor of shape (..., N, K) has planes
-(..., N, *tail). Multi-byte fields are read as 32-bit words and laid out *word-major*, (..., N, W, C): word i of all
-chunks of a row stands together. A *chunk* is the unit in which the bit layout of a format repeats (64 weights for
-Q4_K), C = G * chunks of them in a row of G blocks. Kernels then load neighbouring chunks as wide vectors.
+(..., N, *tail). A *chunk* is the unit in which the bit layout of a format repeats (64 weights for Q4_K), C = G * chunks of
+them in a row of G blocks. Fields of several 32-bit words a chunk are laid out in *groups* of n neighbouring chunks,
+(..., N, C / n, W, n), n = 4 where C is a multiple of 4, else 2 or 1: word i of the chunks of a group stands together. So a
+thread of a kernel loads a word of four chunks as one vector, and threads that take neighbouring words read whole lines.
 
-The modules `blocks_*` describe the formats in these terms; `formats` collects them; `tensor` uses them.
+The modules `blocks_*` read and write *word-major* planes, (..., N, W, C), which `ungroup` gives and `group` takes.
+`formats` collects the formats; `tensor` uses them.
 """
+
+import math
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +23,7 @@ import numpy as np
 from realm_jax.errors import RealmError
 from realm_jax.quant.words import unpack_halves
 
+GROUP = 4  # chunks; four 32-bit words are the widest load of a GPU thread
 STRIPE_BYTES = 1 << 18  # rows are moved in stripes of about this size, to stay in cache
 ALIGNMENT = 64  # what XLA's CPU backend wants of a buffer that it uses without a copy
 
@@ -76,7 +81,27 @@ class Field(NamedTuple):
 
     def tail(self, blocks: int) -> tuple[int, ...]:
         """The shape of the plane after the row axes, for rows of so many blocks."""
-        return (self.words, blocks * self.chunks) if self.words else (blocks * self.chunks,)
+        chunks = blocks * self.chunks
+        n = group_size(chunks)
+        return (chunks // n, self.words, n) if self.words else (chunks,)
+
+
+def group_size(chunks: int) -> int:
+    """How many neighbouring chunks of a row stand together in a plane of words."""
+    return math.gcd(chunks, GROUP)
+
+
+def group(plane: jax.Array) -> jax.Array:
+    """A word-major plane (..., W, C) as it is kept: (..., C / n, W, n). numpy or jnp."""
+    *rows, words, chunks = plane.shape
+    n = group_size(chunks)
+    return plane.reshape(*rows, words, chunks // n, n).swapaxes(-3, -2)
+
+
+def ungroup(plane: jax.Array) -> jax.Array:
+    """The inverse of `group`."""
+    *rows, groups, words, n = plane.shape
+    return plane.swapaxes(-3, -2).reshape(*rows, words, groups * n)
 
 
 class Affine(NamedTuple):
@@ -98,22 +123,39 @@ def plain_product(scale: jax.Array, codes: jax.Array) -> jax.Array:
 class Format:
     """A ggml block format: data, and what its bits mean.
 
-    fields: cover every byte of a block once. decode: planes -> Affine. encode: float32 (..., K), importance that
-    broadcasts to it or None, name of a method -> planes; None where there is no encoder yet. product: scale times code
-    in float32.
+    fields: cover every byte of a block once. read_words: word-major planes -> Affine. write_words: float32 (..., K),
+    importance that broadcasts to it or None, name of a method -> word-major planes; None where there is no encoder yet.
+    product: scale times code in float32.
     """
 
     name: str
     block_size: int
     block_bytes: int
     fields: tuple[Field, ...]
-    decode: Callable[[dict[str, jax.Array]], Affine]
-    encode: Callable[[jax.Array, jax.Array | None, str], dict[str, jax.Array]] | None = None
+    read_words: Callable[[dict[str, jax.Array]], Affine]
+    write_words: Callable[[jax.Array, jax.Array | None, str], dict[str, jax.Array]] | None = None
     product: Callable[[jax.Array, jax.Array], jax.Array] = plain_product
 
     @property
     def bits_per_weight(self) -> float:
         return 8 * self.block_bytes / self.block_size
+
+    @property
+    def encode(self) -> Callable[..., dict[str, jax.Array]] | None:
+        """`write_words`, with planes as they are kept; None where there is no encoder yet."""
+        return None if self.write_words is None else lambda *what: self.group(self.write_words(*what))
+
+    def group(self, planes: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Word-major planes as they are kept."""
+        return {f.name: group(planes[f.name]) if f.words else planes[f.name] for f in self.fields}
+
+    def ungroup(self, planes: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Planes as they are kept, word-major."""
+        return {f.name: ungroup(planes[f.name]) if f.words else planes[f.name] for f in self.fields}
+
+    def decode(self, planes: dict[str, jax.Array]) -> Affine:
+        """Planes in the common form scale * code + offset."""
+        return self.read_words(self.ungroup(planes))
 
     def dequantize(self, planes: dict[str, jax.Array]) -> jax.Array:
         """Planes to float32 (..., K), bit for bit what ggml's reference gives.
@@ -148,7 +190,8 @@ class Format:
             for field in self.fields:
                 plane = chunk_view(field, planes[field.name][stripe], blocks)
                 items = self._items(field, rows[stripe], blocks)
-                plane[...] = field.unpack(items) if field.unpack else items
+                items = field.unpack(items) if field.unpack else items
+                plane[...] = items.reshape(plane.shape)
         return {name: plane.reshape(*raw.shape[:-1], *plane.shape[1:]) for name, plane in planes.items()}
 
     def join(self, planes: dict[str, np.ndarray]) -> np.ndarray:
@@ -160,7 +203,9 @@ class Format:
         for stripe in stripes(rows):
             for field in self.fields:
                 plane = chunk_view(field, flat[field.name][stripe], blocks)
-                self._items(field, rows[stripe], blocks)[...] = field.pack(plane) if field.pack else plane
+                items = self._items(field, rows[stripe], blocks)
+                plane = plane.reshape(len(plane), blocks, field.chunks, -1)
+                items[...] = field.pack(plane) if field.pack else plane
         return raw
 
     def rows_and_blocks(self, planes: dict[str, jax.Array]) -> tuple[tuple[int, ...], int]:
@@ -171,6 +216,7 @@ class Format:
 
     def block_scales(self, planes: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """The floating-point scales by their ggml names, float32 (..., G); (..., G, n) if a block has n of one name."""
+        planes = self.ungroup(planes)
         fields = (field for field in self.fields if field.floats)
         return {k: v for f in fields for k, v in zip(f.floats, f.number.read(planes[f.name]), strict=True)}
 
@@ -207,8 +253,15 @@ def block_view(rows: np.ndarray, block_bytes: int, offset: int, dtype: type, tai
 
 
 def chunk_view(field: Field, plane: np.ndarray, blocks: int) -> np.ndarray:
-    """A plane (R, [W,] G * chunks) seen in the order of the file: (R, G, chunks, max(W, 1))."""
-    return plane.reshape(len(plane), max(field.words, 1), blocks, field.chunks).transpose(0, 2, 3, 1)
+    """A plane (R, ...) seen in the order of the file, (R, G, chunks, max(W, 1)), with G and chunks cut as groups cut them:
+    (R, G / q, q, chunks / p, p, max(W, 1)), where p chunks of each of q blocks are a group."""
+    if not field.words:
+        return plane.reshape(len(plane), blocks, 1, field.chunks, 1, 1)
+    n = group_size(blocks * field.chunks)
+    p = min(n, field.chunks)
+    q = n // p
+    cut = plane.reshape(len(plane), blocks // q, field.chunks // p, field.words, q, p)
+    return cut.transpose(0, 1, 4, 2, 5, 3)
 
 
 def stripes(rows: np.ndarray) -> Iterator[slice]:

@@ -52,7 +52,7 @@ def _decoded(kind: Format) -> jax.ShapeDtypeStruct:
 
 def _plane(field: Field) -> str:
     chunks = f"{field.chunks} G" if field.chunks > 1 else "G"
-    shape = f"({field.words}, {chunks})" if field.words else f"({chunks})"
+    shape = f"({chunks} / n, {field.words}, n)" if field.words else f"({chunks})"
     floats = f" = {' & '.join(field.floats)}" if len(field.floats) > 1 else ""
     return f"`{field.name}` {np.dtype(field.dtype).name} {shape}{floats}"
 
