@@ -35,8 +35,8 @@ HEADER = ("cache", "rows", "places", "new tokens", "layers", "us a layer", "GB/s
 class AttentionRooflineConfig:
     """heads, kv_heads, head_width: of the model (Llama 3.1 8B). dtypes: of caches. query_dtype: of activations.
 
-    batches, lengths, tokens: rows, valid places of each, new tokens of each; all combinations are timed. gigabytes: of a
-    program, or one layer if that is more. repeats: timed calls, of which the median counts.
+    batches, lengths, tokens: rows, valid places of each, new tokens of each; in all combinations. gigabytes: what
+    a program reads (one layer, if that is more). repeats: timed calls, of which the median counts.
     """
 
     heads: int = 32

@@ -1,4 +1,4 @@
-"""How the attention kernels cut up their work, and what they cannot serve. Called by `kernels.attention` and by the kernels.
+"""How the attention kernels cut up their work, and what they cannot serve. For `attention`, `triton_attention`.
 
 Shape suffixes as in `kernels.triton_attention`.
 """
