@@ -17,6 +17,7 @@ from realm_jax.decode import buckets
 from realm_jax.decode.loop import DecodeState, Stop, decode, fill_cache, init_state
 from realm_jax.decode.settings import Settings
 from realm_jax.errors import RealmError, RequestError
+from realm_jax.model.cache import DTYPES as CACHE_DTYPES
 from realm_jax.model.cache import KVCache
 from realm_jax.model.model import Model
 from realm_jax.model.params import Params
@@ -49,20 +50,27 @@ def ready_state(
 ) -> DecodeState:
     """Greedy rows that have `context` random tokens in the cache, as if they had been through the model, one pending.
 
-    No token ends a row. dtype: of the activations. RequestError where that is more than the model's context.
+    No token ends a row. dtype: of the activations. RequestError as `check_request`.
     """
-    if dtype not in DTYPES:
-        raise RequestError(f"activations of {dtype!r} are not known; take one of {', '.join(DTYPES)}")
+    check_request(model, context, new_tokens, cache_dtype=cache_dtype, dtype=dtype)
     most, limit = context + 1 + new_tokens, model.config.context_length
-    if most > limit:
-        raise RequestError(
-            f"{context} tokens of context, one pending and {new_tokens} new ones make {most}; the model takes {limit}"
-        )
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, context + 1)).tolist()
     requests = [Settings(max_new_tokens=new_tokens)] * batch
     size = min(buckets.cache_bucket(most), limit)
     state = init_state(model.config, tokens, requests, size=size, dtype=cache_dtype)
     return state.replace(cache=state.cache.replace(length_B=state.length_B - 1), dtype=dtype)
+
+
+def check_request(model: Model, context: int, new_tokens: int, *, cache_dtype: str, dtype: str) -> None:
+    """RequestError for types that are not known, and for more tokens than the model's context."""
+    for what, name, known in (("activations", dtype, DTYPES), ("a cache", cache_dtype, CACHE_DTYPES)):
+        if name not in known:
+            raise RequestError(f"{what} of {name!r}: not known; take one of {', '.join(known)}")
+    most, limit = context + 1 + new_tokens, model.config.context_length
+    if most > limit:
+        raise RequestError(
+            f"{context} tokens of context, one pending and {new_tokens} new ones make {most}; the model takes {limit}"
+        )
 
 
 def time_decode(
@@ -121,8 +129,8 @@ def time_prefill(
     cache_dtype: str = "float32",
     dtype: str = "float32",
 ) -> Timing:
-    """Time taking prompts of `tokens` tokens into an empty cache, `chunk` at once (all, where None), warmed up."""
-    chunk = min(chunk or tokens, tokens)
+    """Time taking prompts of `tokens` tokens into an empty cache, `chunk` at once (as `generate` does, where None)."""
+    chunk = min(chunk or buckets.prefill_chunks(tokens, buckets.power_of_two(batch))[0], tokens)
     state = ready_state(model, batch, tokens, 0, cache_dtype=cache_dtype, dtype=dtype)
     cache, left_B = state.cache, jnp.full(batch, tokens, jnp.int32)
     started = time.perf_counter()

@@ -40,6 +40,7 @@ class Commands(click.Group):
 
     NAMES = (
         "batch",
+        "bench",
         "convert-adapter",
         "finetune",
         "generate",
