@@ -284,6 +284,6 @@ def test_what_does_not_fit_is_refused():
 def test_a_format_without_encoder_says_which_have_one(monkeypatch):
     from dataclasses import replace
 
-    monkeypatch.setitem(FORMATS, "Q5_K", replace(FORMATS["Q5_K"], encode=None))
+    monkeypatch.setitem(FORMATS, "Q5_K", replace(FORMATS["Q5_K"], write_words=None))
     with pytest.raises(RealmError, match=r"no encoder for Q5_K yet; these have one: Q4_0, .*Q4_K, Q6_K, Q8_K"):
         quantize(np.zeros((1, 256)), "Q5_K")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 
 from realm_jax.errors import RealmError
-from realm_jax.kernels import reference
+from realm_jax.kernels import dense, reference, triton_matmul
 from realm_jax.quant import QuantizedTensor
 
 Weight = jax.Array | QuantizedTensor
@@ -29,8 +29,16 @@ class Implementation(NamedTuple):
     transposed: Callable[[jax.Array, QuantizedTensor], jax.Array]
 
 
+def _transposed(y: jax.Array, w: QuantizedTensor) -> jax.Array:
+    """The gradient of a product by few rows: dense on a GPU, else (in the interpreter) the reference."""
+    own = reference if dense.refuses(y.shape, w) else dense
+    return own.matmul_transposed(y, w)
+
+
 # In the order in which "auto" asks them; the reference serves everything and stands last.
 IMPLEMENTATIONS: dict[str, Implementation] = {
+    "triton": Implementation(triton_matmul.refuses, triton_matmul.matmul, _transposed),
+    "dense": Implementation(dense.refuses, dense.matmul, dense.matmul_transposed),
     "reference": Implementation(lambda x_shape, w: None, reference.matmul, reference.matmul_transposed),
 }
 
