@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
@@ -71,7 +72,11 @@ def model_formats(config: Config, mix: str) -> dict[str, str]:
 
 def random_model(config: Config, mix: str, seed: int = 0) -> Model:
     """A model of that shape on the device, without a tokenizer, made in seconds whatever its size."""
-    weights = {spec.path: make() for spec, _, make in _tensors(config, mix, seed)}
+    tensors = list(_tensors(config, mix, seed))
+    kinds = {(format, spec.shape): make for spec, format, make in tensors}
+    with ThreadPoolExecutor() as pool:  # one of each kind first: their programs compile side by side
+        list(pool.map(lambda make: jax.block_until_ready(make()), kinds.values()))
+    weights = {spec.path: make() for spec, _, make in tensors}
     source = f"random weights, {config.layers} layers of width {config.width}, {resolve_name(mix)}"
     return Model(build_params(config, weights), config, None, Origin(source, {}))
 

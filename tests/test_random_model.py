@@ -44,7 +44,7 @@ def test_formats_are_llama_cpps():
 
 
 def test_a_model_in_memory_is_the_one_in_the_file_and_its_activations_stay_of_ordinary_size(tmp_path):
-    config = shape_config("toy", 3)
+    config = dataclasses.replace(shape_config("toy"), ffn_width=256, kv_heads=4)  # few shapes
     model = random_model.random_model(config, "Q4_K_M", seed=5)
     write_model(tmp_path / "toy.gguf", config, "Q4_K_M", seed=5)
     loaded = realm.load(tmp_path / "toy.gguf")
