@@ -1,8 +1,8 @@
 """How a GPU thread reads the codes of each format from its planes. Called by `triton_matmul`.
 
-A *unit* is what a thread's item stands for: the finest chunk of the format. Of every 16 weights of a unit, lane t of four
-lanes holds weights 4 t to 4 t + 3 as the bytes of one uint32, each the code plus `zero`, which is never negative. What the
-bits mean is said in `quant.blocks_*`, in the same order; here they are read for these four weights alone.
+A *unit* is what a thread's item stands for: the finest chunk of the format. Of every 16 weights of a unit, lane t of
+four lanes holds weights 4 t to 4 t + 3 as the bytes of one uint32, each the code plus `zero`, which is never negative.
+What the bits mean is said in `quant.blocks_*`, in the same order; here they are read for these four weights alone.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from realm_jax.kernels import fragments, pallas
-from realm_jax.quant.codebooks import codebook, grid_values
+from realm_jax.quant.codebooks import codebook
 from realm_jax.quant.formats import FORMATS
 from realm_jax.quant.layout import Format
 from realm_jax.quant.small_floats import e8m0, ue4m3
@@ -27,18 +27,18 @@ EVEN = np.uint32(0x00FF00FF)
 class Codes(NamedTuple):
     """One unit in one row, every item (P, 4).
 
-    words: for each 16 weights, uint32. scales: float32, one for each sub-block of 16 or 32 weights. offsets: the same, or
-    none. A weight is scale * (byte - zero) + offset, with `zero` of the format's `Reader`.
+    words: for each 16 weights, uint32. scales: float32, one for each sub-block of 16 or 32 weights. offsets: the same,
+    or none. A weight is scale * (byte - zero) + offset, with `zero` of the format's `Reader`.
     """
 
     words: list[jax.Array]
     scales: list[jax.Array]
-    offsets: list[jax.Array] = []
+    offsets: list[jax.Array] | None = None
 
 
 class Lane(NamedTuple):
-    """Where a thread reads: planes of a matrix, its row (P, 4), the group of four units (P, 4) that it is at, which of the
-    four each item is, t (P, 4), and how many units a row has. grid: the table that the format needs.
+    """Where a thread reads: planes of a matrix, its row (P, 4), the group of four units (P, 4) that it is at, which of
+    the four each item is, t (P, 4), and how many units a row has. grid: the table that the format needs.
     """
 
     planes: dict[str, jax.Array]
@@ -411,8 +411,8 @@ def grid(name: str, factor: int = 1, zero: int = 0) -> Callable[[], np.ndarray]:
 
     def make() -> np.ndarray:
         book = codebook(name)
-        with jax.ensure_compile_time_eval():
-            values = np.asarray(grid_values(jnp.arange(len(book.entries), dtype=jnp.uint32), book))
+        digits = book.entries[:, None] >> np.arange(book.digits, dtype=np.uint32) * np.uint32(book.bits)
+        values = book.values[digits & np.uint32((1 << book.bits) - 1)].astype(np.int32)
         words = (factor * values + zero).astype(np.uint8).view(np.uint32)
         return np.ascontiguousarray(words.T)
 

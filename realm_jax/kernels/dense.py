@@ -1,5 +1,5 @@
-"""Products by packed weights for many rows on a GPU (prefill, training): dequantize once, then the tensor cores. Called by
-`matmul`.
+"""Products by packed weights for many rows on a GPU (prefill, training): dequantize once, then the tensor cores. Called
+by `matmul`.
 
 Weights stand dense one matrix at a time. 16-bit x is multiplied by weights in its own type (bfloat16) and summed in
 float32; float32 x by float32 weights, both read as TF32, which has the 11 bits of float16.

@@ -1,10 +1,10 @@
 """The few warp instructions that `jax.numpy` cannot name, each with its meaning for the interpreter. Called by
 `triton_matmul`.
 
-A *fragment* is what the lanes of a warp hold of a small matrix. Here it is an array (P, 4): thread p = 32 warp + lane holds
-the four items of row p. That is how Triton lays out arrays of this shape, because four 32-bit words are what a thread
-loads at once; `tests/gpu` holds it. A lane is 4 g + t, g = 0..7 and t = 0..3. Layouts of the fragments: PTX ISA, "Matrix
-fragments for mma.m16n8k16".
+A *fragment* is what the lanes of a warp hold of a small matrix. Here it is an array (P, 4): thread p = 32 warp + lane
+holds the four items of row p. That is how Triton lays out arrays of this shape, because four 32-bit words are what a
+thread loads at once; `tests/gpu` holds it. A lane is 4 g + t, g = 0..7 and t = 0..3. Layouts of the fragments: PTX ISA,
+"Matrix fragments for mma.m16n8k16".
 """
 
 import jax
@@ -23,8 +23,9 @@ def mma(
 ) -> Fragment:
     """sums + A B on the tensor cores: A (16, 16) and B (16, 8) of float16 pairs, sums (16, 8) float32.
 
-    sums: a lane holds row g, columns 2 t and 2 t + 1, then row g + 8. a: item `unit` of each of four, int32: pairs of row
-    g, of row g + 8, again of row g and of row g + 8. b: items 2 step and 2 step + 1, the pairs of column g that meet them.
+    sums: a lane holds row g, columns 2 t and 2 t + 1, then row g + 8. a: item `unit` of each of four, int32: pairs of
+    row g, of row g + 8, again of row g and of row g + 8. b: items 2 step and 2 step + 1, the pairs of column g that meet
+    them.
     """
     if pallas.interpreting():
         return sums + _product(a, b, unit, step)

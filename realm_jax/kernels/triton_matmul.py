@@ -1,9 +1,9 @@
 """Products by packed weights on tensor cores, for few rows (decoding, verifying, batches): a Pallas Triton kernel.
 
-Rows of w are the rows of the tensor cores' instruction and rows of x its columns, of which it has eight at least. A thread
-loads packed words straight into the places that the instruction wants, so codes are never written anywhere: a byte masked
-in place is a float16 already, a subnormal one, code * 2^-24. Products are exact and sums float32. A row of x is scaled
-by a power of two and takes one column where it has 16 bits, two where it is float32: what float16 holds of it, and what
+Rows of w are the rows of the tensor cores' instruction and rows of x its columns, of which it has eight at least. A
+thread loads packed words straight into the places that the instruction wants, so codes are never written anywhere: a
+byte masked in place is a float16 already, a subnormal one, code * 2^-24. Products are exact and sums float32. A row of x
+is scaled by a power of two and takes one column where it has 16 bits, two where it is float32: what float16 holds of it, and what
 that leaves, together 22 bits. A sub-block's sum is scaled in float32, so scales are never rounded.
 
 The order in which a result is summed depends on the format and the shape of w alone: a row of x gives the same bits
@@ -72,8 +72,8 @@ def plan(rows: int, dtype: jnp.dtype, w: QuantizedTensor) -> Plan:
 def matmul(x: jax.Array, w: QuantizedTensor) -> jax.Array:
     """x (..., K) @ w.T for packed weights (N, K), in the dtype of x; up to MOST_ROWS rows of x.
 
-    Of float32 x 22 bits of every number count (fewer of one that is 2^29 times smaller than the largest of its row); 16-bit
-    x is exact. A row of x that is not finite gives NaN.
+    Of float32 x 22 bits of every number count (fewer of one that is 2^29 times smaller than the largest of its row);
+    16-bit x is exact. A row of x that is not finite gives NaN.
     """
     own = plan(math.prod(x.shape[:-1]), x.dtype, w)
     reader = codes.READERS[w.format]

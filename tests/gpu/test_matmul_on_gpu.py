@@ -1,0 +1,45 @@
+"""Products by packed weights on a GPU: every format against float64, and a row's bits whatever is beside it."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_matmul import nmse
+from test_quant_formats import random_weights
+
+from realm_jax.kernels import codes, matmul
+
+
+def product(rows: int, name: str, n: int, k: int, dtype=jnp.float32):
+    x = jnp.asarray(np.random.default_rng(rows).standard_normal((rows, k)), dtype)
+    w = random_weights(name, n, k, seed=1)
+    return x, w, np.asarray(x, np.float64) @ np.asarray(w.dequantize(), np.float64).T
+
+
+@pytest.mark.parametrize("name", codes.READERS)
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 37, 256), (5, 64, 1280), (33, 21, 4096)])
+def test_equals_float64(name, rows, n, k):
+    x, w, want = product(rows, name, n, k)
+    assert nmse(matmul(x, w, impl="triton"), want) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q8_0", "IQ2_XXS"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_sixteen_bits_are_rounded_at_the_end_alone(name, dtype):
+    x, w, want = product(64, name, 96, 1024, dtype)
+    assert nmse(matmul(x, w, impl="triton"), np.asarray(want.astype(dtype), np.float64)) < 1e-7
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q4_0"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_row_has_the_same_bits_whatever_is_beside_it(name, dtype):
+    x, w, _ = product(64, name, 4096, 2048, dtype)
+    whole = np.asarray(matmul(x, w, impl="triton"))
+    for rows in [*range(1, 18), 31, 32, 33, 63]:
+        np.testing.assert_array_equal(np.asarray(matmul(x[-rows:], w, impl="triton")), whole[-rows:])
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "MXFP4"])
+@pytest.mark.parametrize(("rows", "dtype", "bound"), [(65, jnp.float32, 1e-6), (257, jnp.bfloat16, 1e-5)])
+def test_many_rows(name, rows, dtype, bound):
+    x, w, want = product(rows, name, 160, 1024, dtype)
+    assert nmse(matmul(x, w), want) < bound
