@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 from realm_jax.errors import RealmError
 
@@ -20,11 +21,11 @@ def step(
     """The loop of plain decoding. model: a GGUF file in place of a shape of `random_model` with a mix of formats."""
     import jax
     import jax.numpy as jnp
-    from realm_jax.speed import ready_state
 
     from random_model import model_specs, shape_config
     from realm_jax.decode.loop import decode
     from realm_jax.model import load
+    from realm_jax.speed import ready_state
 
     found = load(model) if model else model_specs(shape_config(shape, layers), mix)
     state = jax.eval_shape(lambda: ready_state(found, batch, context, 64, cache_dtype=cache, dtype=activations))
@@ -42,12 +43,18 @@ def matmul(format: str = "Q4_K", outputs: int = 28672, inputs: int = 4096, rows:
     import jax.numpy as jnp
 
     from random_model import weight_spec
-    from realm_jax.kernels.matmul import matmul
+    from realm_jax.kernels import triton_matmul
+    from realm_jax.kernels.matmul import choose_impl, matmul
 
     weight = weight_spec(format, (outputs, inputs))
     packed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight))
     x = jax.ShapeDtypeStruct((rows, inputs), jnp.float32)
-    return lambda x, w: matmul(x, w, impl=impl), (x, weight), {"weights": outputs * inputs, "bytes": packed}
+    facts = {"weights": outputs * inputs, "bytes": packed}
+    with mock.patch.object(jax, "default_backend", lambda: "gpu"):
+        chosen = choose_impl(x.shape, weight) if impl == "auto" else impl
+    if chosen == "triton":
+        facts["trips"] = (triton_matmul.plan(rows, x.dtype, weight).steps,)
+    return lambda x, w: matmul(x, w, impl=impl), (x, weight), facts
 
 
 CASES = {"step": step, "matmul": matmul}

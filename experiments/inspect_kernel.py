@@ -87,6 +87,7 @@ def describe(
     found = {
         "kernel": name, "grid": grid, "threads": threads, "registers": resources.registers,
         "spilled_bytes": resources.spilled, "shared_bytes": max(resources.shared, launch.shared if launch else 0),
+        "trips_known": len(facts.get("trips", ())) >= len(code.loops),
         "instructions": len(code.body), "histogram": dict(small.most_common()),
         "loops": [{"instructions": b - a + 1, "trips": n} for (a, b), n in zip(code.loops, trips, strict=True)],
     }  # fmt: skip

@@ -34,6 +34,8 @@ def show_kernels(kernels: list[dict[str, Any]]) -> None:
             most = f"; at most {one['at_most_gb_per_s']:.0f} GB/s" if "at_most_gb_per_s" in one else ""
             floors = "  ".join(f"{unit} {us:.1f}" for unit, us in one["floors_us"].items())
             click.echo(f"  {one['instructions_per_weight']:.2f} instructions a weight; floors in us: {floors}{most}")
+            if not one["trips_known"]:
+                click.echo("  (its loops are counted as run once: say with --trips how often they do)")
 
 
 def show_launches(found: dict[str, Any], every: list[Launch]) -> None:

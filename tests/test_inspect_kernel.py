@@ -120,6 +120,14 @@ def test_cases_and_their_options():
             read_options(matmul, words)
 
 
+def test_a_product_says_what_it_reads_and_how_often_its_loop_runs():
+    _, (x, w), facts = matmul("Q4_K", outputs=256, inputs=4096, rows=2)
+    assert x.shape == (2, 4096) and w.shape == (256, 4096)
+    assert facts["weights"] == 256 * 4096 and facts["bytes"] == 256 * 16 * 148  # 4 bytes of scales more than in a file
+    assert facts["trips"][0] >= 1
+    assert "trips" not in matmul("Q4_K", outputs=256, inputs=4096, impl="reference")[2]
+
+
 def test_without_a_plugin_one_line_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr(offline_gpu.importlib.util, "find_spec", lambda name: None)
     result = CliRunner().invoke(inspect_kernel.command, ["matmul", "--out", str(tmp_path)])
