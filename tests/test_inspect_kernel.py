@@ -1,6 +1,9 @@
 """Reading machine code and launches from what the compilers wrote; the whole tool where a CUDA plugin is installed."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
@@ -142,17 +145,15 @@ def test_a_folder_of_other_files_is_not_emptied(tmp_path):
     assert (tmp_path / "thesis.tex").exists()
 
 
+@pytest.mark.slow
 def test_a_decoding_step_compiled_for_a_gpu_that_is_not_there(tmp_path):
-    import os
-    import subprocess
-    import sys
-
     try:
         offline_gpu.require_plugin()
     except RealmError as error:
         pytest.skip(str(error))
     command = [sys.executable, inspect_kernel.__file__, "step", "--layers", "1", "--only", "^attend", "--json"]
-    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, env=dict(os.environ))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["launches"]["loops"][0]["in_graph"] > 10

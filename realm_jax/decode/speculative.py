@@ -124,7 +124,7 @@ def _verify(
     place_BJ = rows.length_B[:, None] - 1 + jnp.arange(G + 1)
     tokens_BJ = jnp.take_along_axis(proposal.tokens_BS, jnp.minimum(place_BJ, rows.tokens_BS.shape[1] - 1), axis=1)
     count_B = jnp.where(ready_B, G + 1, 0)
-    hidden_BJD, cache = run(params, config, tokens_BJ, rows.cache, count_B, deltas=deltas)
+    hidden_BJD, cache = run(params, config, tokens_BJ, rows.cache, count_B, deltas=deltas, dtype=rows.dtype)
     cache = cache.replace(length_B=rows.cache.length_B)  # how much of it counts is decided by `_advance`
     return unembed(params, config, hidden_BJD, deltas=deltas), rows.replace(cache=cache)
 
