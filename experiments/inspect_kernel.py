@@ -106,7 +106,7 @@ def summarize_launches(launches: list[machine_code.Launch]) -> dict[str, Any]:
     loops = []
     for number in sorted({one.loop for one in launches if one.loop is not None}):
         turn = [one for one in launches if one.loop == number]
-        names = Counter(re.sub(r"(_\d+)+$", "", one.name) for one in turn)
+        names = Counter(re.sub(r"(__\d+|(?<=[a-z])_\d+)$", "", one.name) for one in turn)
         loops.append({
             "launches": len(turn), "in_graph": sum(one.graph for one in turn),
             "in_inner_loops": sum(one.depth > 1 for one in turn), "by_name": dict(names.most_common()),

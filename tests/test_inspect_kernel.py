@@ -62,7 +62,7 @@ condition:
         012: kCustomKernel [source | sink] less grid: [1, 1, 1] threads: [1, 1, 1]  shared_memory: 0 bytes
       body:
         013: kKernel [source | sink] attend_3 grid: [8, 1, 1] threads: [64, 1, 1]  shared_memory: 0 bytes
-    014: kKernel [source | sink] join grid: [8, 1, 1] threads: [64, 1, 1]  shared_memory: 0 bytes
+    014: kKernel [source | sink] matmul_Q4_0__12 grid: [8, 1, 1] threads: [64, 1, 1]  shared_memory: 0 bytes
 000: kCommandBuffer [prev=003 (1) | sink        ]
     079: kCustomKernel [source       | sink        ] last grid: [2, 2, 1] threads: [128, 1, 1]  shared_memory: 0 bytes
 """  # noqa: E501
@@ -98,7 +98,7 @@ def test_launches_know_their_loop_and_their_graph():
         Launch("kCopy", "kCopy", 0, 0, 0, True, 0, 1, "body"),
         Launch(kernel, "less", 1, 1, 0, False, 0, 2, "body"),
         Launch("kKernel", "attend_3", 8, 64, 0, False, 0, 2, "body"),
-        Launch("kKernel", "join", 8, 64, 0, False, 0, 1, "body"),
+        Launch("kKernel", "matmul_Q4_0__12", 8, 64, 0, False, 0, 1, "body"),
         Launch(kernel, "last", 4, 128, 0, True, None, 0, ""),
     ]
     found = inspect_kernel.summarize_launches(read_launches(THUNKS))
@@ -106,7 +106,7 @@ def test_launches_know_their_loop_and_their_graph():
         "outside": 2, "outside_in_graph": 1,
         "loops": [{
             "launches": 6, "in_graph": 2, "in_inner_loops": 2,
-            "by_name": {"attend": 2, "loop_and_fusion": 1, "kCopy": 1, "less": 1, "join": 1},
+            "by_name": {"attend": 2, "loop_and_fusion": 1, "kCopy": 1, "less": 1, "matmul_Q4_0": 1},
         }],
     }  # fmt: skip
 
