@@ -2,8 +2,8 @@
 
     python experiments/kernel_roofline.py [CONFIG] [--set 'formats=["Q4_K"]' ...]
 
-One compiled loop multiplies x by many different matrices, so that nothing is read from the second-level cache, and adds a
-trace of every product to the next round's x, so that nothing is left out. All products of a round share x and what is
+One compiled loop multiplies x by many different matrices, so that nothing is read from the second-level cache, and adds
+a trace of every product to the next round's x, so that nothing is left out. All products of a round share x and what is
 prepared of it. The share is of what the device reads a second, measured in the same run. results.md has the table,
 kernel_roofline.png the plot.
 """

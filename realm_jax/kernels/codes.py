@@ -5,7 +5,7 @@ four lanes holds weights 4 t to 4 t + 3 as the bytes of one uint32, each the cod
 What the bits mean is said in `quant.blocks_*`, in the same order; here they are read for these four weights alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -38,7 +38,8 @@ class Codes(NamedTuple):
 
 class Lane(NamedTuple):
     """Where a thread reads: planes of a matrix, its row (P, 4), the group of four units (P, 4) that it is at, which of
-    the four each item is, t (P, 4), and how many units a row has. grid: the table that the format needs.
+    the four each item is, t (P, 4), and how many units a row has. grid: the table that the format needs. record: takes
+    in what is read. loaded: gives it again, in the same order, in place of reading: see `ahead`.
     """
 
     planes: dict[str, jax.Array]
@@ -48,6 +49,8 @@ class Lane(NamedTuple):
     t: jax.Array
     units: int
     grid: jax.Array | None = None
+    record: list[jax.Array] | None = None
+    loaded: Iterator[jax.Array] | None = None
 
     @property
     def unit(self) -> jax.Array:
@@ -62,16 +65,27 @@ class Lane(NamedTuple):
 
     def read(self, name: str, word: jax.Array | int | None = None) -> jax.Array:
         """The items of a plane for these units: of one word of them, where a chunk has several."""
+        if self.loaded is not None:
+            return next(self.loaded)
+        items = self._read(name, word)
+        if self.record is not None:
+            self.record.append(items)
+        return items
+
+    def _read(self, name: str, word: jax.Array | int | None) -> jax.Array:
         plane = self.planes[name]
         if word is None:
-            return pallas.load(plane.at[self.row, self.chunk(self.units // plane.shape[-1])])
+            return self._load(plane, self.chunk(self.units // plane.shape[-1]))
         groups, _, n = plane.shape[1:]
         ratio = self.units // (groups * n)
         word = jnp.broadcast_to(jnp.int32(word), self.row.shape)
         if ratio == 1 and n == 4:
-            return pallas.load(plane.at[self.row, self.group, word, self.item])
+            return self._load(plane, self.group, word, self.item)
         chunk = self.chunk(ratio)
-        return pallas.load(plane.at[self.row, chunk // n, word, chunk % n])
+        return self._load(plane, chunk // n, word, chunk % n)
+
+    def _load(self, plane: jax.Array, *at: jax.Array) -> jax.Array:
+        return pallas.load(plane.at[self.row, *at])
 
     def place(self, count: int) -> jax.Array:
         """The place of each unit in its block of `count`, uint32."""
@@ -79,6 +93,8 @@ class Lane(NamedTuple):
 
     def entry(self, index: jax.Array) -> jax.Array:
         """Four bytes of the grid for entries (P, 4): of entries of eight, the half that is this lane's."""
+        if self.record is not None:  # what was looked up is not wanted yet
+            return index
         index = index.astype(jnp.int32)
         wide = self.grid.shape[0] > 1
         return pallas.load(self.grid.at[self.t % 2 if wide else jnp.zeros_like(index), index])
@@ -98,6 +114,13 @@ class Reader(NamedTuple):
 
     def units(self, width: int) -> int:
         return width // self.unit
+
+
+def ahead(reader: Reader, lane: Lane) -> tuple[jax.Array, ...]:
+    """What the reader reads there, before it is decoded: to be on its way while something else is."""
+    record: list[jax.Array] = []
+    reader.read(lane._replace(record=record))
+    return tuple(record)
 
 
 def byte(word: jax.Array, which: jax.Array | int, signed: bool = False) -> jax.Array:

@@ -24,8 +24,8 @@ def mma(
     """sums + A B on the tensor cores: A (16, 16) and B (16, 8) of float16 pairs, sums (16, 8) float32.
 
     sums: a lane holds row g, columns 2 t and 2 t + 1, then row g + 8. a: item `unit` of each of four, int32: pairs of
-    row g, of row g + 8, again of row g and of row g + 8. b: items 2 step and 2 step + 1, the pairs of column g that meet
-    them.
+    row g, of row g + 8, again of row g and of row g + 8. b: items 2 step and 2 step + 1, the pairs of column g that
+    meet them.
     """
     if pallas.interpreting():
         return sums + _product(a, b, unit, step)
@@ -37,10 +37,19 @@ def mma(
 
 def by_row(low: Fragment, high: Fragment, unit: int) -> Fragment:
     """Numbers of row g and of row g + 8, float32, as they meet `mma`'s sums: item `unit` of each, twice."""
+    return _arranged(low, high, unit, (0, 0, 1, 1))
+
+
+def by_column(even: Fragment, odd: Fragment, unit: int) -> Fragment:
+    """Numbers of column 2 t and of column 2 t + 1, as they meet `mma`'s sums: item `unit` of each, for either row."""
+    return _arranged(even, odd, unit, (0, 1, 0, 1))
+
+
+def _arranged(first: Fragment, second: Fragment, unit: int, order: tuple[int, ...]) -> Fragment:
     if pallas.interpreting():
-        return jnp.stack([low[:, unit]] * 2 + [high[:, unit]] * 2, 1)
-    text = f"mov.b32 $0, ${4 + unit}; mov.b32 $1, ${4 + unit}; mov.b32 $2, ${8 + unit}; mov.b32 $3, ${8 + unit};"
-    return _asm(text, ["=f"] * 4 + ["f"] * 8, jnp.float32, low, high)
+        return jnp.stack([(first, second)[which][:, unit] for which in order], 1)
+    moves = [f"mov.b32 ${i}, ${4 + 4 * which + unit};" for i, which in enumerate(order)]
+    return _asm(" ".join(moves), ["=f"] * 4 + ["f"] * 8, jnp.float32, first, second)
 
 
 def fma(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:

@@ -9,6 +9,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
 
 from realm_jax.errors import RealmError
 from realm_jax.kernels import dense, reference, triton_matmul
@@ -29,6 +32,20 @@ class Implementation(NamedTuple):
     transposed: Callable[[jax.Array, QuantizedTensor], jax.Array]
 
 
+@custom_vmap
+def _few_rows(x: jax.Array, w: QuantizedTensor) -> jax.Array:
+    """`triton_matmul.matmul`; under `vmap`, more rows of x are more rows, and other weights for each a loop."""
+    return triton_matmul.matmul(x, w)
+
+
+@_few_rows.def_vmap
+def _few_rows_vmap(size: int, batched: tuple, x: jax.Array, w: QuantizedTensor) -> tuple[jax.Array, bool]:
+    if not any(jax.tree.leaves(batched[1])):
+        return matmul(x, w), True
+    pairs = jax.tree.map(lambda a, own: a if own else jnp.broadcast_to(a, (size, *a.shape)), (x, w), tuple(batched))
+    return lax.map(lambda pair: matmul(*pair), pairs), True
+
+
 def _transposed(y: jax.Array, w: QuantizedTensor) -> jax.Array:
     """The gradient of a product by few rows: dense on a GPU, else (in the interpreter) the reference."""
     own = reference if dense.refuses(y.shape, w) else dense
@@ -37,7 +54,7 @@ def _transposed(y: jax.Array, w: QuantizedTensor) -> jax.Array:
 
 # In the order in which "auto" asks them; the reference serves everything and stands last.
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "triton": Implementation(triton_matmul.refuses, triton_matmul.matmul, _transposed),
+    "triton": Implementation(triton_matmul.refuses, _few_rows, _transposed),
     "dense": Implementation(dense.refuses, dense.matmul, dense.matmul_transposed),
     "reference": Implementation(lambda x_shape, w: None, reference.matmul, reference.matmul_transposed),
 }

@@ -2,9 +2,9 @@
 
 Rows of w are the rows of the tensor cores' instruction and rows of x its columns, of which it has eight at least. A
 thread loads packed words straight into the places that the instruction wants, so codes are never written anywhere: a
-byte masked in place is a float16 already, a subnormal one, code * 2^-24. Products are exact and sums float32. A row of x
-is scaled by a power of two and takes one column where it has 16 bits, two where it is float32: what float16 holds of it, and what
-that leaves, together 22 bits. A sub-block's sum is scaled in float32, so scales are never rounded.
+byte masked in place is a float16 already, a subnormal one, code * 2^-24. Products are exact and sums float32. A row of
+x is scaled by a power of two and takes one column where it has 16 bits, two where it is float32: what float16 holds of
+it, and what that leaves, together 22 bits. A sub-block's sum is scaled in float32, so scales are never rounded.
 
 The order in which a result is summed depends on the format and the shape of w alone: a row of x gives the same bits
 whatever rows are beside it. Called by `matmul`; its readers of formats are in `codes`.
@@ -19,14 +19,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_batching import custom_vmap
 
 from realm_jax.kernels import codes, fragments, pallas
 from realm_jax.kernels.codes import Lane
 from realm_jax.quant.tensor import QuantizedTensor
 
 MOST_ROWS = 64
-MOST_TILES = 8  # column tiles of a program; more would not fit its registers
+MOST_TILES = 4  # column tiles of a program; more would not fit its registers
 ROWS = 16  # of w, of a program
 LOW = 2.0**-11  # what the second piece of a number is scaled by
 
@@ -45,6 +44,14 @@ class Plan(NamedTuple):
     @property
     def rows_of_tile(self) -> int:
         return 8 // self.pieces
+
+
+class XOfTile(NamedTuple):
+    """What a step reads of a column tile: pieces of each block of four units, sums of each sub-block of a unit, of
+    columns 2 t and 2 t + 1. Arrays (P, 4), or functions that load them."""
+
+    pieces: list
+    sums: list
 
 
 def refuses(x_shape: tuple[int, ...], w: QuantizedTensor) -> str | None:
@@ -68,7 +75,6 @@ def plan(rows: int, dtype: jnp.dtype, w: QuantizedTensor) -> Plan:
     return Plan(rows, width, outputs, pieces, warps, -(-groups // warps), -(-rows * pieces // 8))
 
 
-@custom_vmap
 def matmul(x: jax.Array, w: QuantizedTensor) -> jax.Array:
     """x (..., K) @ w.T for packed weights (N, K), in the dtype of x; up to MOST_ROWS rows of x.
 
@@ -93,28 +99,18 @@ def matmul(x: jax.Array, w: QuantizedTensor) -> jax.Array:
     return y.reshape(*x.shape[:-1], own.outputs)
 
 
-@matmul.def_vmap
-def _matmul_vmap(size: int, batched: tuple, x: jax.Array, w: QuantizedTensor) -> tuple[jax.Array, bool]:
-    """More rows of x are more rows; other weights for each are a loop."""
-    from realm_jax.kernels.matmul import matmul as any_matmul  # more rows than fit here may be another's work
-
-    if not any(jax.tree.leaves(batched[1])):
-        return any_matmul(x, w), True
-    x = x if batched[0] else jnp.broadcast_to(x, (size, *x.shape))
-    return lax.map(lambda pair: any_matmul(*pair), (x, w)), True
-
-
 def _prepare(x_MK: jax.Array, own: Plan, format: str) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x as the kernel reads it: one launch, a program a row (and one for each row that fills up the last tile).
 
-    pieces (tiles, blocks, 32, 4) int32: for each 32 inputs what a lane wants, as float16 pairs. sums (tiles, sub-blocks,
-    8) float32: of the inputs of a sub-block, times 2^-24. back (rows,) float32: what undoes the scaling of a row.
+    pieces (tiles, blocks, 32, 4) int32: for each 32 inputs what a lane wants, as float16 pairs. sums (tiles, 8,
+    sub-blocks of a unit, units) float32: of the inputs of a sub-block, times 2^-24. back (rows,) float32: what undoes
+    the scaling of a row.
     """
     reader = codes.READERS[format]
     blocks = own.steps * own.warps * 4 * reader.unit // 32
     shapes = (
         pallas.Shape((own.tiles, blocks, 32, 4), jnp.int32),
-        pallas.Shape((own.tiles, blocks * 32 // reader.sub_block, 8), jnp.float32),
+        pallas.Shape((own.tiles, 8, reader.unit // reader.sub_block, own.steps * own.warps * 4), jnp.float32),
         pallas.Shape((own.tiles * own.rows_of_tile,), jnp.float32),
     )
     body = functools.partial(_prepare_kernel, own=own, sub_block=reader.sub_block if reader.offsets else 0)
@@ -160,7 +156,8 @@ def _prepare_kernel(x_ref, pieces_ref, sums_ref, back_ref, *, own: Plan, sub_blo
         total = jnp.sum(read(sub_block * s + j) * up, -1) * 2.0**-24
         s = _power_of_two_iota(many)
         for piece in range(own.pieces):
-            at = jnp.broadcast_to(tile, s.shape), s, jnp.broadcast_to(column + piece, s.shape)
+            inner = sums_ref.shape[2]
+            at = jnp.broadcast_to(tile, s.shape), jnp.broadcast_to(column + piece, s.shape), s % inner, s // inner
             pallas.store(sums_ref.at[at], total if piece == 0 else jnp.zeros_like(total), mask=s < many)
 
 
@@ -196,44 +193,74 @@ def _kernel(*refs, own: Plan, format: str, names: tuple[str, ...]) -> None:
     units = reader.units(own.width)
     top = pallas.program_id(0) * ROWS + g
 
-    def step(s: jax.Array, totals: tuple) -> tuple:
+    live = min(own.rows * own.pieces, 8)  # columns of a tile that are not zero
+    early = tiles == 1 and reader.unit <= 64  # a step's reads fit in registers, a step before they are wanted
+    blocks, subs = 4 * reader.unit // 32, reader.unit // reader.sub_block if reader.offsets else 0
+
+    def everywhere(number: jax.Array | int) -> jax.Array:
+        return jnp.broadcast_to(jnp.int32(number), thread.shape)
+
+    def load_pieces(tile: int, block: jax.Array) -> jax.Array:
+        at = everywhere(_clipped(first_tile + tile, own)), block, lane_id, item
+        if live == 8:
+            return pallas.load(pieces_ref.at[at])
+        return pallas.load(pieces_ref.at[at], mask=g < live, other=0)
+
+    def load_sums(tile: int, sub: int, column: int, place: jax.Array) -> jax.Array:
+        if own.pieces == 2 and column:  # a second piece: its sum is in the first
+            return jnp.zeros(thread.shape, jnp.float32)
+        at = everywhere(_clipped(first_tile + tile, own)), 2 * t + column, everywhere(sub), 4 * place + item
+        return pallas.load(sums_ref.at[at])
+
+    def load_x(s: jax.Array, tile: int) -> XOfTile:
         place = warp * own.steps + s
-        group = jnp.minimum(place, (units - 1) // 4)
-        rows = [
-            reader.read(Lane(planes, jnp.minimum(top + 8 * i, own.outputs - 1), group, item, t, units, grid))
-            for i in range(2)
-        ]
+        pieces = [functools.partial(load_pieces, tile, place * blocks + i) for i in range(blocks)]
+        sums = [[functools.partial(load_sums, tile, sub, i, place) for i in range(2)] for sub in range(subs)]
+        return XOfTile(pieces, sums)
+
+    def lanes(s: jax.Array) -> list[Lane]:
+        group = jnp.minimum(warp * own.steps + s, (units - 1) // 4)
+        rows = [jnp.minimum(top + 8 * i, own.outputs - 1) for i in range(2)]
+        return [Lane(planes, row, group, item, t, units, grid) for row in rows]
+
+    def load(s: jax.Array) -> tuple:
+        """What a step reads, of w and of x."""
+        x = jax.tree.map(lambda get: get(), load_x(s, 0))
+        return [codes.ahead(reader, lane) for lane in lanes(s)], x
+
+    def step(s: jax.Array, carry: tuple) -> tuple:
+        following, totals = carry
+        if early:
+            (raw, x), following = following, load(jnp.minimum(s + 1, own.steps - 1))  # while this step is computed
+            xs = [jax.tree.map(lambda array: lambda: array, x)]
+            own_lanes = [lane._replace(loaded=iter(items)) for lane, items in zip(lanes(s), raw, strict=True)]
+        else:
+            xs, own_lanes = [load_x(s, tile) for tile in range(tiles)], lanes(s)
+        rows = [reader.read(lane) for lane in own_lanes]
         parts = [[_float16_pairs(word, reader.zero) for word in row.words] for row in rows]
         for unit in range(4):
-            totals = add_unit(unit, place, rows, parts, totals)
-        return totals
+            totals = add_unit(unit, rows, parts, xs, totals)
+        return following, totals
 
-    def add_unit(unit: int, place: jax.Array, rows: list, parts: list, totals: tuple) -> tuple:
+    def add_unit(unit: int, rows: list, parts: list, xs: list[XOfTile], totals: tuple) -> tuple:
         per = reader.sub_block // 16
         for sub, scale in enumerate(zip(rows[0].scales, rows[1].scales, strict=True)):
             dots = [jnp.zeros(thread.shape, jnp.float32)] * tiles
             for sixteen in range(sub * per, sub * per + per):
                 a = tuple(parts[row][sixteen][pair] for pair in range(2) for row in range(2))
                 at = unit * (reader.unit // 16) + sixteen  # of the 16s of four units
-                block = place * (4 * reader.unit // 32) + at // 2
                 for tile in range(tiles):
-                    column = jnp.broadcast_to(_clipped(first_tile + tile, own), thread.shape)
-                    b = pallas.load(pieces_ref.at[column, block, lane_id, item])
-                    dots[tile] = fragments.mma(dots[tile], a, b, unit, at % 2)
+                    dots[tile] = fragments.mma(dots[tile], a, xs[tile].pieces[at // 2](), unit, at % 2)
             scale = fragments.by_row(*scale, unit)
             totals = tuple(fragments.fma(dot, scale, total) for dot, total in zip(dots, totals, strict=True))
             if reader.offsets:
                 offset = fragments.by_row(rows[0].offsets[sub], rows[1].offsets[sub], unit)
-                at = (4 * place + unit) * len(rows[0].scales) + sub
-                totals = tuple(fragments.fma(offset, load_sums(tile, at), total) for tile, total in enumerate(totals))
+                sums = [fragments.by_column(*(get() for get in x.sums[sub]), unit) for x in xs]
+                totals = tuple(fragments.fma(offset, own, total) for own, total in zip(sums, totals, strict=True))
         return totals
 
-    def load_sums(tile: int, at: jax.Array) -> jax.Array:
-        column = jnp.broadcast_to(_clipped(first_tile + tile, own), thread.shape)
-        return pallas.load(sums_ref.at[column, at, 2 * t + item % 2])
-
     zero = jnp.zeros(thread.shape, jnp.float32)
-    totals = lax.fori_loop(0, own.steps, step, (zero,) * tiles)
+    _, totals = lax.fori_loop(0, own.steps, step, (load(jnp.int32(0)) if early else None, (zero,) * tiles))
     for tile, total in enumerate(totals):
         total = jnp.sum(total.reshape(own.warps, 32, 4), 0)
         _store(y_ref, back_ref, total, first_tile + tile, own)

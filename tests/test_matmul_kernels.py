@@ -1,0 +1,107 @@
+"""The Triton kernel behind `kernels.matmul`, in Pallas' interpreter on the CPU.
+
+Every format against float64, odd shapes, that a row's bits do not depend on its neighbours, gradients, vmap, and that it
+lowers for CUDA. tests/gpu has the rest.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_matmul import nmse
+from test_quant_formats import random_weights
+
+from realm_jax.errors import RealmError
+from realm_jax.kernels import choose_impl, codes, matmul, pallas, reference
+from realm_jax.quant import FORMATS
+
+
+@pytest.fixture(autouse=True)
+def interpreter():
+    with pallas.interpreted():
+        yield
+
+
+def product(name: str, rows: int, n: int, k: int, dtype=jnp.float32):
+    x = jnp.asarray(np.random.default_rng(rows).standard_normal((rows, k)), dtype)
+    w = random_weights(name, n, k, seed=1)
+    return x, w, np.asarray(x, np.float64) @ np.asarray(w.dequantize(), np.float64).T
+
+
+def test_every_format_has_a_reader():
+    assert list(codes.READERS) == list(FORMATS)
+
+
+@pytest.mark.parametrize("name", codes.READERS)
+def test_one_block_and_an_odd_number_of_outputs(name):
+    x, w, want = product(name, 1, 5, FORMATS[name].block_size)
+    assert choose_impl(x.shape, w) == "triton"
+    assert nmse(matmul(x, w), want) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in ("Q4_K", "Q8_0") else pytest.mark.slow) for n in FORMATS]
+)
+@pytest.mark.parametrize(("rows", "n", "k"), [(5, 37, 1280), pytest.param(33, 16, 4096, marks=pytest.mark.slow)])
+def test_rows_and_shapes(name, rows, n, k):
+    x, w, want = product(name, rows, n, k)
+    assert nmse(matmul(x, w, impl="triton"), want) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_sixteen_bits_are_rounded_at_the_end_alone(dtype):
+    x, w, want = product("Q4_0", 9, 16, 256, dtype)
+    y = matmul(x, w, impl="triton")
+    assert y.dtype == dtype
+    assert nmse(y, np.asarray(jnp.asarray(want, jnp.float32).astype(dtype), np.float64)) < 1e-7
+
+
+def test_a_row_has_the_same_bits_whatever_is_beside_it():
+    x, w, _ = product("Q4_1", 64, 16, 256)
+    whole = np.asarray(matmul(x, w))
+    for rows in (1, 4, 5):
+        np.testing.assert_array_equal(np.asarray(matmul(x[-rows:], w)), whole[-rows:])
+
+
+def test_rows_of_any_size_and_rows_that_are_not_finite():
+    x, w, want = product("Q4_0", 6, 16, 256)
+    scales = np.float32([1e-30, 1e-3, 1, 1e30, 1, 1])
+    x = (x * scales[:, None]).at[4, 7].set(jnp.nan).at[5, 9].set(jnp.inf)
+    y = np.asarray(matmul(x, w, impl="triton"), np.float64)
+    assert np.isnan(y[4:]).all()
+    assert nmse(y[:4] / scales[:4, None], want[:4]) < 1e-12
+
+
+def test_zeros_give_zeros():
+    _, w, _ = product("Q4_K", 1, 5, 256)
+    np.testing.assert_array_equal(np.asarray(matmul(jnp.zeros((2, 256)), w, impl="triton")), 0)
+
+
+def test_gradient_and_vmap():
+    x, w, want = product("Q8_0", 3, 5, 64)
+    grad = jax.grad(lambda x: (matmul(x, w) ** 2).sum())(x)
+    assert nmse(grad, np.asarray(reference.matmul_transposed(2 * reference.matmul(x, w), w), np.float64)) < 1e-12
+    np.testing.assert_array_equal(np.asarray(jax.vmap(lambda x: matmul(x, w))(x)), np.asarray(matmul(x, w)))
+    both = jax.tree.map(lambda plane: jnp.stack([plane, plane]), w)
+    for y in jax.vmap(matmul, in_axes=(None, 0))(x, both):
+        assert nmse(y, want) < 1e-12
+
+
+def test_more_rows_than_it_takes_are_refused_in_one_line():
+    x, w, _ = product("Q4_0", 65, 5, 32)
+    with pytest.raises(
+        RealmError, match=r"cannot multiply x \(65, 32\) by Q4_0 weights \(5, 32\): it takes 1 to 64 rows"
+    ):
+        matmul(x, w, impl="triton")
+    assert choose_impl(x.shape, w) == "reference"
+
+
+@pytest.mark.parametrize("name", codes.READERS)
+def test_it_lowers_for_cuda(name, monkeypatch):
+    monkeypatch.setattr(pallas, "_interpreting", False)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    x, w, _ = product(name, 1, 16, 512)
+    lowered = jax.jit(functools.partial(matmul, impl="triton")).trace(x, w).lower(lowering_platforms=("cuda",))
+    assert f"matmul_{name}" in lowered.as_text()
