@@ -213,13 +213,13 @@ def _kernel(*refs, own: Plan, format: str, names: tuple[str, ...]) -> None:
         return pallas.load(sums_ref.at[at])
 
     def load_x(s: jax.Array, tile: int) -> XOfTile:
-        place = warp * own.steps + s
+        place = s * own.warps + warp
         pieces = [functools.partial(load_pieces, tile, place * blocks + i) for i in range(blocks)]
         sums = [[functools.partial(load_sums, tile, sub, i, place) for i in range(2)] for sub in range(subs)]
         return XOfTile(pieces, sums)
 
     def lanes(s: jax.Array) -> list[Lane]:
-        group = jnp.minimum(warp * own.steps + s, (units - 1) // 4)
+        group = jnp.minimum(s * own.warps + warp, (units - 1) // 4)
         rows = [jnp.minimum(top + 8 * i, own.outputs - 1) for i in range(2)]
         return [Lane(planes, row, group, item, t, units, grid) for row in rows]
 
