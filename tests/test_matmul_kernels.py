@@ -1,7 +1,7 @@
 """The Triton kernel behind `kernels.matmul`, in Pallas' interpreter on the CPU.
 
-Every format against float64, odd shapes, that a row's bits do not depend on its neighbours, gradients, vmap, and that it
-lowers for CUDA. tests/gpu has the rest.
+Every format against float64, odd shapes, that a row's bits do not depend on its neighbours, gradients, vmap, and that
+it lowers for CUDA. tests/gpu has the rest.
 """
 
 import functools
@@ -34,7 +34,13 @@ def test_every_format_has_a_reader():
     assert list(codes.READERS) == list(FORMATS)
 
 
-@pytest.mark.parametrize("name", codes.READERS)
+QUICK = ("Q4_0", "Q5_1", "Q3_K", "Q4_K", "IQ4_XS", "IQ2_XS", "NVFP4")  # the others are for test-all
+every_format = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in codes.READERS]
+)
+
+
+@every_format
 def test_one_block_and_an_odd_number_of_outputs(name):
     x, w, want = product(name, 1, 5, FORMATS[name].block_size)
     assert choose_impl(x.shape, w) == "triton"
@@ -42,7 +48,7 @@ def test_one_block_and_an_odd_number_of_outputs(name):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in ("Q4_K", "Q8_0") else pytest.mark.slow) for n in FORMATS]
+    "name", [pytest.param(name, marks=() if name == "Q4_K" else pytest.mark.slow) for name in codes.READERS]
 )
 @pytest.mark.parametrize(("rows", "n", "k"), [(5, 37, 1280), pytest.param(33, 16, 4096, marks=pytest.mark.slow)])
 def test_rows_and_shapes(name, rows, n, k):
@@ -50,7 +56,7 @@ def test_rows_and_shapes(name, rows, n, k):
     assert nmse(matmul(x, w, impl="triton"), want) < 1e-12
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
 def test_sixteen_bits_are_rounded_at_the_end_alone(dtype):
     x, w, want = product("Q4_0", 9, 16, 256, dtype)
     y = matmul(x, w, impl="triton")
@@ -98,7 +104,9 @@ def test_more_rows_than_it_takes_are_refused_in_one_line():
     assert choose_impl(x.shape, w) == "reference"
 
 
-@pytest.mark.parametrize("name", codes.READERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("Q4_K", "IQ2_XS") else pytest.mark.slow) for name in codes.READERS]
+)
 def test_it_lowers_for_cuda(name, monkeypatch):
     monkeypatch.setattr(pallas, "_interpreting", False)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
