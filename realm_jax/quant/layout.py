@@ -1,17 +1,16 @@
 """What a ggml block format is made of, and how raw blocks become planes and planes raw blocks (numpy, on the host).
 
 A *plane* holds one field of all blocks of a tensor. Rows stay rows: a tensor of shape (..., N, K) has planes
-(..., N, *tail). A *chunk* is the unit in which the bit layout of a format repeats (64 weights for Q4_K), C = G * chunks of
-them in a row of G blocks. Fields of several 32-bit words a chunk are laid out in *groups* of n neighbouring chunks,
-(..., N, C / n, W, n), n = 4 where C is a multiple of 4, else 2 or 1: word i of the chunks of a group stands together. So a
-thread of a kernel loads a word of four chunks as one vector, and threads that take neighbouring words read whole lines.
+(..., N, *tail). A *chunk* is the unit in which the bit layout of a format repeats (64 weights for Q4_K), C = G * chunks
+of them in a row of G blocks. Fields of several 32-bit words a chunk are laid out in *groups* of n neighbouring chunks,
+(..., N, C / n, W, n), n = 4 where C is a multiple of 4, else 2 or 1: word i of the chunks of a group stands together. So
+a thread of a kernel loads a word of four chunks as one vector, and threads that take neighbouring words read whole lines.
 
 The modules `blocks_*` read and write *word-major* planes, (..., N, W, C), which `ungroup` gives and `group` takes.
 `formats` collects the formats; `tensor` uses them.
 """
 
 import math
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -253,8 +252,10 @@ def block_view(rows: np.ndarray, block_bytes: int, offset: int, dtype: type, tai
 
 
 def chunk_view(field: Field, plane: np.ndarray, blocks: int) -> np.ndarray:
-    """A plane (R, ...) seen in the order of the file, (R, G, chunks, max(W, 1)), with G and chunks cut as groups cut them:
-    (R, G / q, q, chunks / p, p, max(W, 1)), where p chunks of each of q blocks are a group."""
+    """A plane (R, ...) seen in the order of the file, (R, G, chunks, max(W, 1)), cut as groups cut G and chunks.
+
+    (R, G / q, q, chunks / p, p, max(W, 1)), where p chunks of each of q blocks are a group.
+    """
     if not field.words:
         return plane.reshape(len(plane), blocks, 1, field.chunks, 1, 1)
     n = group_size(blocks * field.chunks)
