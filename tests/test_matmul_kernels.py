@@ -31,10 +31,10 @@ def product(name: str, rows: int, n: int, k: int, dtype=jnp.float32):
 
 
 def test_every_format_has_a_reader():
-    assert list(codes.READERS) == list(FORMATS)
+    assert set(codes.READERS) == set(FORMATS)
 
 
-QUICK = ("Q4_0", "Q5_1", "Q3_K", "Q4_K", "IQ4_XS", "IQ2_XS", "NVFP4")  # the others are for test-all
+QUICK = ("Q5_1", "Q8_0", "IQ4_XS", "IQ2_XS", "NVFP4")  # the others are for test-all
 every_format = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in codes.READERS]
 )
@@ -67,7 +67,7 @@ def test_sixteen_bits_are_rounded_at_the_end_alone(dtype):
 def test_a_row_has_the_same_bits_whatever_is_beside_it():
     x, w, _ = product("Q4_1", 64, 16, 256)
     whole = np.asarray(matmul(x, w))
-    for rows in (1, 4, 5):
+    for rows in (1, 5):
         np.testing.assert_array_equal(np.asarray(matmul(x[-rows:], w)), whole[-rows:])
 
 
@@ -105,7 +105,7 @@ def test_more_rows_than_it_takes_are_refused_in_one_line():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in ("Q4_K", "IQ2_XS") else pytest.mark.slow) for name in codes.READERS]
+    "name", [pytest.param(name, marks=() if name in ("Q8_0", "IQ2_XS") else pytest.mark.slow) for name in codes.READERS]
 )
 def test_it_lowers_for_cuda(name, monkeypatch):
     monkeypatch.setattr(pallas, "_interpreting", False)

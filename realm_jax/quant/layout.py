@@ -3,8 +3,9 @@
 A *plane* holds one field of all blocks of a tensor. Rows stay rows: a tensor of shape (..., N, K) has planes
 (..., N, *tail). A *chunk* is the unit in which the bit layout of a format repeats (64 weights for Q4_K), C = G * chunks
 of them in a row of G blocks. Fields of several 32-bit words a chunk are laid out in *groups* of n neighbouring chunks,
-(..., N, C / n, W, n), n = 4 where C is a multiple of 4, else 2 or 1: word i of the chunks of a group stands together. So
-a thread of a kernel loads a word of four chunks as one vector, and threads that take neighbouring words read whole lines.
+(..., N, C / n, W, n), n = 4 where C is a multiple of 4, else 2 or 1: word i of the chunks of a group stands together.
+So a thread of a kernel loads a word of four chunks as one vector, and threads that take neighbouring words read whole
+lines.
 
 The modules `blocks_*` read and write *word-major* planes, (..., N, W, C), which `ungroup` gives and `group` takes.
 `formats` collects the formats; `tensor` uses them.
