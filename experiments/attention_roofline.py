@@ -3,8 +3,8 @@
     python experiments/attention_roofline.py [CONFIG] [--set KEY=VALUE ...]
 
 All layers of a cache are read one after the other in one compiled program, each query being what the layer before gave,
-so that nothing is read from the second-level cache of the card. The share is of what a sum over one large array reads
-in the same run. results.md has the table.
+so that nothing is read from the second-level cache of the card. The share is of what the device reads a second,
+measured in the same run. results.md has the table.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import click
 import jax
 import jax.numpy as jnp
 
+from realm_jax import speed
 from realm_jax.errors import RealmError
 from realm_jax.experiment import Run, experiment_command, read_json
 from realm_jax.experiment.report import describe_run, markdown_table
@@ -58,7 +59,7 @@ class AttentionRooflineConfig:
 
 def main(config: AttentionRooflineConfig, run: Run) -> None:
     """Time attention over caches of several types, rows and lengths, and compare with the speed of memory."""
-    ceiling = read_ceiling(config)
+    ceiling = speed.read_ceiling() / 1e9
     cases = [(d, B, S, T) for d in config.dtypes for B in config.batches for S in config.lengths for T in config.tokens]
     for dtype, batch, length, tokens in cases:
         run.log(**measure(config, dtype, batch, length, tokens), ceiling=ceiling)
@@ -69,12 +70,6 @@ def main(config: AttentionRooflineConfig, run: Run) -> None:
     )
     run.save_text("results.md", text)
     click.echo(text)
-
-
-def read_ceiling(config: AttentionRooflineConfig) -> float:
-    """GB/s of a sum over an array of `gigabytes`."""
-    x = jnp.ones((max(1, int(config.gigabytes * 1e9) // 2**22), 2**20), jnp.int32)
-    return x.nbytes / seconds(jax.jit(jnp.sum), x, repeats=config.repeats) / 1e9
 
 
 def measure(config: AttentionRooflineConfig, dtype: str, batch: int, length: int, tokens: int) -> Line:
