@@ -80,6 +80,13 @@ def test_rows_of_any_size_and_rows_that_are_not_finite():
     assert nmse(y[:4] / scales[:4, None], want[:4]) < 1e-12
 
 
+@pytest.mark.parametrize(
+    ("capability", "serves"), [("7.5", False), ("8.0", True), ("9.0", True), ("12.0", True), ("gfx942", False)]
+)
+def test_kernels_are_for_gpus_from_ampere_up(capability, serves):
+    assert pallas.serves(capability) == serves
+
+
 def test_zeros_give_zeros():
     _, w, _ = product("Q4_K", 1, 5, 256)
     np.testing.assert_array_equal(np.asarray(matmul(jnp.zeros((2, 256)), w, impl="triton")), 0)

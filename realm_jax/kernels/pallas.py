@@ -14,6 +14,7 @@ from jax.experimental.pallas import triton as plt
 
 load, store, program_id, ds = plt.load, plt.store, pl.program_id, pl.ds
 Shape = jax.ShapeDtypeStruct
+OLDEST = "8.0"  # compute capability of Ampere
 
 _interpreting = False
 
@@ -38,8 +39,16 @@ def interpreting() -> bool:
 
 
 def available() -> bool:
-    """Whether a kernel traced now can run: on a CUDA backend, or in the interpreter."""
-    return _interpreting or jax.default_backend() == "gpu"
+    """Whether a kernel traced now can run: on an NVIDIA GPU from Ampere up, or in the interpreter."""
+    if _interpreting or jax.default_backend() != "gpu":
+        return _interpreting
+    return serves(getattr(jax.devices()[0], "compute_capability", OLDEST))
+
+
+def serves(capability: str) -> bool:
+    """Whether GPUs of this compute capability ("9.0"; AMD's have names) have the instructions that kernels use."""
+    major, point, _ = capability.partition(".")
+    return bool(point) and major.isdigit() and int(major) >= int(OLDEST.partition(".")[0])
 
 
 def call(
