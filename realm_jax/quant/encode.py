@@ -11,7 +11,7 @@ from jax import lax
 
 from realm_jax.errors import RealmError
 from realm_jax.quant.formats import DENSE_FORMATS, FORMATS, get_format
-from realm_jax.quant.layout import Format
+from realm_jax.quant.layout import Format, group_size
 from realm_jax.quant.methods import DEFAULT_METHOD, METHODS
 from realm_jax.quant.tensor import QuantizedTensor
 
@@ -138,9 +138,9 @@ def _encode_in_stripes(kind: Format, w: Any, importance: Any, method: str) -> tu
     planes = {}
     for name in parts[0].planes:
         whole = xp.concatenate([xp.asarray(part.planes[name]) for part in parts])[:count]
-        planes[name] = _by_rows(xp, whole, w.shape[:-1], w.shape[-1] // kind.block_size)
+        planes[name] = _by_rows(whole, w.shape[:-1], w.shape[-1] // kind.block_size)
     finite, fits = (all(bool(flag) for flag in flags) for flags in list(zip(*parts, strict=True))[1:])
-    return jax.device_put(kind.group(planes)), finite, fits
+    return jax.device_put(planes), finite, fits
 
 
 def _importance_of_blocks(xp: Any, importance: Any, shape: tuple[int, ...], size: int) -> Callable[[int, int], Any]:
@@ -155,8 +155,14 @@ def _importance_of_blocks(xp: Any, importance: Any, shape: tuple[int, ...], size
     return lambda start, stop: whole[start:stop]
 
 
-def _by_rows(xp: Any, plane: Any, rows: tuple[int, ...], per_row: int) -> Any:
-    """A word-major plane of single blocks (blocks, [W,] chunks) as one of rows (*rows, [W,] per_row * chunks)."""
+def _by_rows(plane: Any, rows: tuple[int, ...], per_row: int) -> Any:
+    """A word-major plane of single blocks (blocks, [W,] chunks) as the plane of rows (*rows, ...), in one copy."""
     *words, chunks = plane.shape[1:]
-    plane = xp.moveaxis(plane.reshape(*rows, per_row, *words, chunks), len(rows), -2)
-    return plane.reshape(*rows, *words, per_row * chunks)
+    if not words:
+        return plane.reshape(*rows, per_row * chunks)
+    n = group_size(per_row * chunks)
+    p = min(n, chunks)  # chunks of each of q blocks are a group
+    q = n // p
+    cut, lead = plane.reshape(*rows, per_row // q, q, *words, chunks // p, p), len(rows)
+    order = (*range(lead), lead, lead + 3, lead + 2, lead + 1, lead + 4)
+    return cut.transpose(order).reshape(*rows, per_row * chunks // n, *words, n)
