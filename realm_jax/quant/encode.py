@@ -136,8 +136,8 @@ def _encode_in_stripes(kind: Format, w: Any, importance: Any, method: str) -> tu
             part, weights = xp.pad(part, padding), None if weights is None else xp.pad(weights, padding)
         parts.append(_encode_stripe(part, weights, kind.name, method))
     planes = {}
-    for name in parts[0].planes:
-        whole = xp.concatenate([xp.asarray(part.planes[name]) for part in parts])[:count]
+    for name in list(parts[0].planes):
+        whole = xp.concatenate([xp.asarray(part.planes.pop(name)) for part in parts])[:count]  # no plane stays twice
         planes[name] = _by_rows(whole, w.shape[:-1], w.shape[-1] // kind.block_size)
     finite, fits = (all(bool(flag) for flag in flags) for flags in list(zip(*parts, strict=True))[1:])
     return jax.device_put(planes), finite, fits
