@@ -9,9 +9,6 @@ measured in the same run. results.md has the table.
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +86,7 @@ def measure(config: AttentionRooflineConfig, dtype: str, batch: int, length: int
             )  # fmt: skip
         return q
 
-    spent = seconds(jax.jit(step), q, cache, repeats=config.repeats)
+    spent = speed.median_seconds(jax.jit(step), q, cache, repeats=config.repeats)
     return {
         "cache": dtype, "rows": batch, "places": length, "tokens": tokens, "layers": layers,
         "us_a_layer": spent / layers * 1e6, "gb_per_second": stored_bytes(cache) / spent / 1e9,
@@ -118,17 +115,6 @@ def stored_bytes(cache: KVCache) -> int:
     """Bytes of keys, values and scales."""
     stored = (cache.k, cache.v, cache.k_scale, cache.v_scale)
     return sum(x.size * x.dtype.itemsize for x in stored if x is not None)
-
-
-def seconds(function: Callable[..., jax.Array], *arguments: Any, repeats: int) -> float:
-    """The median time of a call, after two to warm up."""
-    spent = []
-    for i in range(repeats + 2):
-        start = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        if i >= 2:
-            spent.append(time.perf_counter() - start)
-    return statistics.median(spent)
 
 
 def row(line: Line) -> list[str]:

@@ -10,8 +10,6 @@ kernel_roofline.png the plot.
 
 from __future__ import annotations
 
-import statistics
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +88,7 @@ def measure(config: KernelRooflineConfig, name: str, shape: tuple[int, int]) -> 
         programs = list(pool.map(lambda x: jax.jit(product).lower(x, weights).compile(), inputs))
     lines = []
     for x, program in zip(inputs, programs, strict=True):
-        spent = seconds(program, x, weights, repeats=config.repeats) / config.rounds / copies
+        spent = speed.median_seconds(program, x, weights, repeats=config.repeats) / config.rounds / copies
         lines.append(
             {
                 "format": name, "outputs": shape[0], "inputs": shape[1], "rows": len(x), "us": spent * 1e6,
@@ -98,16 +96,6 @@ def measure(config: KernelRooflineConfig, name: str, shape: tuple[int, int]) -> 
             }
         )  # fmt: skip
     return lines
-
-
-def seconds(program: Any, *arguments: Any, repeats: int) -> float:
-    """The median time of a call, after two to warm up."""
-    spent = []
-    for _ in range(repeats + 2):
-        start = time.perf_counter()
-        jax.block_until_ready(program(*arguments))
-        spent.append(time.perf_counter() - start)
-    return statistics.median(spent[2:])
 
 
 def row(line: Line) -> list[str]:

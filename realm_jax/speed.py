@@ -152,6 +152,16 @@ def time_prefill(
     return Timing(batch * tokens, tuple(once() for _ in range(repeats)), compiled)
 
 
+def median_seconds(function: Callable[..., Any], *arguments: Any, repeats: int) -> float:
+    """The median time of a call until its results are there, after two calls to warm up."""
+    spent = []
+    for _ in range(repeats + 2):
+        began = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        spent.append(time.perf_counter() - began)
+    return statistics.median(spent[2:])
+
+
 # --- the floor -------------------------------------------------------------------------------------------------------
 
 

@@ -31,7 +31,11 @@ LOW = 2.0**-11  # what the second piece of a number is scaled by
 
 
 class Plan(NamedTuple):
-    """The static shape of a launch: see `plan`."""
+    """The static shape of a launch.
+
+    rows, width, outputs: M, K, N. pieces: columns that a row of x takes. warps: of a program; they take turns along a
+    row, `steps` times a group of four units each. tiles: of eight columns.
+    """
 
     rows: int
     width: int
@@ -57,7 +61,7 @@ class XOfTile(NamedTuple):
 def refuses(x_shape: tuple[int, ...], w: QuantizedTensor) -> str | None:
     """Why the kernel cannot serve this call, or None if it can."""
     if not pallas.available():
-        return "it needs a CUDA GPU"
+        return "it needs an NVIDIA GPU from Ampere up"
     if w.format not in codes.READERS:
         return "it cannot read this format"
     rows = math.prod(x_shape[:-1])

@@ -11,7 +11,7 @@ from jax import lax
 
 from realm_jax.errors import RealmError
 from realm_jax.quant.formats import DENSE_FORMATS, FORMATS, get_format
-from realm_jax.quant.layout import Format, group_size
+from realm_jax.quant.layout import Format, cut_of_group
 from realm_jax.quant.methods import DEFAULT_METHOD, METHODS
 from realm_jax.quant.tensor import QuantizedTensor
 
@@ -160,9 +160,7 @@ def _by_rows(plane: Any, rows: tuple[int, ...], per_row: int) -> Any:
     *words, chunks = plane.shape[1:]
     if not words:
         return plane.reshape(*rows, per_row * chunks)
-    n = group_size(per_row * chunks)
-    p = min(n, chunks)  # chunks of each of q blocks are a group
-    q = n // p
+    q, p = cut_of_group(per_row, chunks)
     cut, lead = plane.reshape(*rows, per_row // q, q, *words, chunks // p, p), len(rows)
     order = (*range(lead), lead, lead + 3, lead + 2, lead + 1, lead + 4)
-    return cut.transpose(order).reshape(*rows, per_row * chunks // n, *words, n)
+    return cut.transpose(order).reshape(*rows, per_row * chunks // (q * p), *words, q * p)

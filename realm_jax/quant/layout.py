@@ -91,6 +91,13 @@ def group_size(chunks: int) -> int:
     return math.gcd(chunks, GROUP)
 
 
+def cut_of_group(blocks: int, chunks: int) -> tuple[int, int]:
+    """q and p: a group of a row of so many blocks of `chunks` chunks is p chunks of each of q blocks."""
+    n = group_size(blocks * chunks)
+    p = min(n, chunks)
+    return n // p, p
+
+
 def group(plane: jax.Array) -> jax.Array:
     """A word-major plane (..., W, C) as it is kept: (..., C / n, W, n). numpy or jnp."""
     *rows, words, chunks = plane.shape
@@ -259,9 +266,7 @@ def chunk_view(field: Field, plane: np.ndarray, blocks: int) -> np.ndarray:
     """
     if not field.words:
         return plane.reshape(len(plane), blocks, 1, field.chunks, 1, 1)
-    n = group_size(blocks * field.chunks)
-    p = min(n, field.chunks)
-    q = n // p
+    q, p = cut_of_group(blocks, field.chunks)
     cut = plane.reshape(len(plane), blocks // q, field.chunks // p, field.words, q, p)
     return cut.transpose(0, 1, 4, 2, 5, 3)
 
