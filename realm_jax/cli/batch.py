@@ -14,7 +14,7 @@ import click
 from realm_jax.cli import output
 from realm_jax.cli.adapters import load_adapters, parse_adapter, skip_option
 from realm_jax.cli.batch_view import Tally, View, summary_table
-from realm_jax.cli.decoding import draft_options, model_text
+from realm_jax.cli.decoding import cache_dtype_option, draft_options, model_text
 from realm_jax.cli.options import common_options, pre_option
 from realm_jax.cli.text import one_line
 from realm_jax.errors import RealmError
@@ -68,13 +68,7 @@ def _parse_adapters(_context: click.Context, _parameter: click.Parameter, values
 )
 @skip_option
 @draft_options
-@click.option(
-    "--cache-dtype",
-    metavar="TYPE",
-    default="float32",
-    show_default=True,
-    help="Of keys and values: float32, bfloat16, float16 or int8.",
-)
+@cache_dtype_option
 @click.option(
     "--steps",
     metavar="N",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from realm_jax.cli import output
+from realm_jax.cli.decoding import cache_dtype_option
 from realm_jax.cli.options import common_options, file_argument
 
 if TYPE_CHECKING:
@@ -39,13 +40,7 @@ PROMPT_TOKENS = 512
 @click.option(
     "--repeats", metavar="N", default=5, show_default=True, type=click.IntRange(min=1), help="Medians are over so many."
 )
-@click.option(
-    "--cache-dtype",
-    metavar="TYPE",
-    default="float32",
-    show_default=True,
-    help="Of keys and values: float32, bfloat16, float16 or int8.",
-)
+@cache_dtype_option
 @click.option(
     "--dtype",
     metavar="TYPE",

@@ -1,4 +1,4 @@
-"""What commands that generate text share: the options of a draft, and the model in one line."""
+"""What commands that decode share: the options of a draft and of the cache, and the model in one line."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,14 @@ if TYPE_CHECKING:
     from realm_jax.model import Model
 
 Command = Callable[..., Any]
+
+cache_dtype_option = click.option(
+    "--cache-dtype",
+    metavar="TYPE",
+    default="float32",
+    show_default=True,
+    help="Of keys and values: float32, bfloat16, float16 or int8.",
+)
 
 
 def draft_options(command: Command) -> Command:
