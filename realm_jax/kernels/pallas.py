@@ -59,12 +59,13 @@ def call(
     grid: tuple[int, ...],
     num_warps: int = 4,
     num_stages: int = 2,
+    aliases: dict[int, int] | None = None,
     name: str | None = None,
 ) -> Any:
     """`body(*operand refs, *output refs)` once for every point of the grid, as one launch; every ref is a whole array.
 
     out_shape: a `Shape` or a tuple of them; what comes back has its structure. grid: at most three axes, the first one
-    varies fastest.
+    varies fastest. aliases: which operand's buffer an output takes over, with what is in it.
     """
     whole = jax.tree.map(lambda _: pl.no_block_spec, out_shape)
     return pl.pallas_call(
@@ -73,6 +74,7 @@ def call(
         grid=grid,
         in_specs=[pl.no_block_spec] * len(operands),
         out_specs=whole,
+        input_output_aliases=aliases or {},
         # Without these parameters Pallas takes the Mosaic backend.
         compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages),
         interpret=_interpreting,
