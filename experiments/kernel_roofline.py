@@ -2,26 +2,22 @@
 
     python experiments/kernel_roofline.py [CONFIG] [--set 'formats=["Q4_K"]' ...]
 
-One compiled loop multiplies x by many different matrices, so that nothing is read from the second-level cache, and adds
-a trace of every product to the next round's x, so that nothing is left out. All products of a round share x and what is
-prepared of it. The share is of what the device reads a second, measured in the same run. results.md has the table,
-kernel_roofline.png the plot.
+All products of a round of the timed loop (`product_times`) share x and what is prepared of it. The share is of what the
+device reads a second, measured in the same run. results.md has the table, kernel_roofline.png the plot.
 """
 
 from __future__ import annotations
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import click
-import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
-from jax import lax
 
-from random_model import random_weight
+from product_times import compile_loop, random_rows, random_weights
 from realm_jax import speed
 from realm_jax.errors import RealmError
 from realm_jax.experiment import Run, experiment_command, read_json
@@ -72,27 +68,18 @@ def main(config: KernelRooflineConfig, run: Run) -> None:
 
 def measure(config: KernelRooflineConfig, name: str, shape: tuple[int, int]) -> list[Line]:
     """A line of metrics.jsonl for each number of rows; the programs are compiled side by side."""
-    one = random_weight(jax.random.key(0), name, shape, shape[1] ** -0.5)
-    copies = max(2, round(config.gigabytes * 1e9 / one.nbytes))
-    weights = [one, *(random_weight(jax.random.key(i), name, shape, shape[1] ** -0.5) for i in range(1, copies))]
-
-    def product(x: jax.Array, weights: list) -> jax.Array:
-        def body(_: int, x: jax.Array) -> jax.Array:
-            products = [matmul(x, w, impl=config.impl) for w in weights]
-            return x + jnp.asarray(1e-30, x.dtype) * sum(y[:, :1] for y in products)
-
-        return lax.fori_loop(0, config.rounds, body, x)
-
-    inputs = [jax.random.normal(jax.random.key(1), (rows, shape[1]), config.dtype) for rows in config.rows]
+    weights = random_weights(name, shape, config.gigabytes)
+    product = functools.partial(matmul, impl=config.impl)
+    inputs = [random_rows(rows, shape[1], config.dtype) for rows in config.rows]
     with ThreadPoolExecutor() as pool:
-        programs = list(pool.map(lambda x: jax.jit(product).lower(x, weights).compile(), inputs))
+        loops = list(pool.map(lambda x: compile_loop(product, x, weights, config.rounds), inputs))
     lines = []
-    for x, program in zip(inputs, programs, strict=True):
-        spent = speed.median_seconds(program, x, weights, repeats=config.repeats) / config.rounds / copies
+    for loop in loops:
+        spent = loop.seconds(config.repeats)
         lines.append(
             {
-                "format": name, "outputs": shape[0], "inputs": shape[1], "rows": len(x), "us": spent * 1e6,
-                "bytes_per_second": one.nbytes / spent,
+                "format": name, "outputs": shape[0], "inputs": shape[1], "rows": len(loop.x), "us": spent * 1e6,
+                "bytes_per_second": weights[0].nbytes / spent,
             }
         )  # fmt: skip
     return lines

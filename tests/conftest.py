@@ -14,9 +14,10 @@ ON_GPU = os.environ.get("REALM_TEST_GPU") == "1"  # set it to run tests/gpu on t
 if not ON_GPU:
     os.environ["JAX_PLATFORMS"] = "cpu"
 
-# No test reads or warms the user's own compilation cache; commands that tests start as processes share this one.
+# No test reads or warms the user's own compilation cache, or reads their tile sizes; commands that tests start as
+# processes share this cache.
 _cache = tempfile.TemporaryDirectory(prefix="realm-test-cache-", ignore_cleanup_errors=True)
-for _name in ("JAX_COMPILATION_CACHE_DIR", "REALM_JAX_CACHE"):
+for _name in ("JAX_COMPILATION_CACHE_DIR", "REALM_JAX_CACHE", "REALM_TILES"):
     os.environ.pop(_name, None)
 os.environ["XDG_CACHE_HOME"] = _cache.name
 os.environ["MPLBACKEND"] = "agg"
