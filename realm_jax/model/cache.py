@@ -10,6 +10,7 @@ from typing import NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from realm_jax.errors import RequestError
 from realm_jax.model.config import Config
@@ -114,6 +115,6 @@ def _put(own: jax.Array, at: tuple[int | jax.Array, ...], values: jax.Array) -> 
 def to_int8(x_BTKC: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Each head's key or value as whole numbers from -127 to 127, int8, and their scale (B, T, K), float32."""
     x_BTKC = x_BTKC.astype(jnp.float32)
-    scale_BTK = jnp.max(jnp.abs(x_BTKC), axis=-1) / 127
+    scale_BTK = jnp.max(jnp.abs(x_BTKC), axis=-1) * np.float32(1 / 127)  # as XLA would divide by a constant
     steps = x_BTKC / jnp.where(scale_BTK > 0, scale_BTK, 1)[..., None]
     return jnp.clip(jnp.round(steps), -127, 127).astype(jnp.int8), scale_BTK

@@ -4,15 +4,17 @@ Shape suffixes: `B` rows, `T` new tokens, `S` cache length, `D` width, `F` ffn w
 `K` kv heads, `C` head width, `V` vocabulary. Called by `model.transformer`.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from realm_jax.kernels import triton_cache
 from realm_jax.kernels.attention import attention
 from realm_jax.kernels.delta import Deltas, add_deltas, add_embedding_deltas
 from realm_jax.kernels.matmul import matmul
-from realm_jax.model.cache import KeyValues
+from realm_jax.model.cache import KeyValues, KVCache
 from realm_jax.model.config import Config
 from realm_jax.model.params import Attention, FeedForward, Weight
 from realm_jax.model.rope import rotate
@@ -63,18 +65,62 @@ def project_qkv(
     w: Attention,
     config: Config,
     x_BTD: jax.Array,
-    rotation: Rotation,
     deltas: Attention | None = None,
     observe: Observe | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Normed input -> rotated queries (B, T, H, C), rotated keys and values (B, T, K, C)."""
+    """Input, to be normed -> queries (B, T, H, C), keys and values (B, T, K, C), none of them rotated."""
     B, T, _ = x_BTD.shape
-    C, halves = config.head_width, config.rope.halves
+    C = config.head_width
     x_BTD = rms_norm(x_BTD, w.norm, config.norm_eps)
     q_BTHC = project(x_BTD, w, "q", deltas, observe).reshape(B, T, config.heads, C)
     k_BTKC = project(x_BTD, w, "k", deltas, observe).reshape(B, T, config.kv_heads, C)
     v_BTKC = project(x_BTD, w, "v", deltas, observe).reshape(B, T, config.kv_heads, C)
-    return rotate(q_BTHC, *rotation, halves), rotate(k_BTKC, *rotation, halves), v_BTKC
+    return q_BTHC, k_BTKC, v_BTKC
+
+
+def rotate_into(
+    cache: KVCache,
+    layer: int,
+    row_B: jax.Array,
+    place_BT: jax.Array,
+    q_BTHC: jax.Array,
+    k_BTKC: jax.Array,
+    v_BTKC: jax.Array,
+    rotation: Rotation,
+    halves: bool,
+) -> tuple[jax.Array, KVCache]:
+    """Rotated queries, and the cache with the rotated keys and the values of new tokens; as in `KVCache.write`.
+
+    In one launch where `kernels.triton_cache` can serve.
+    """
+    one = _in_one_launch if triton_cache.refuses(q_BTHC, cache.k) is None else _rotate_and_write
+    return one(layer, halves, cache, row_B, place_BT, q_BTHC, k_BTKC, v_BTKC, rotation)
+
+
+def _rotate_and_write(layer, halves, cache, row_B, place_BT, q_BTHC, k_BTKC, v_BTKC, rotation) -> tuple:
+    """`rotate_into` as XLA has it. It says what is right."""
+    q_BTHC, k_BTKC = (rotate(x, *rotation, halves) for x in (q_BTHC, k_BTKC))
+    return q_BTHC, cache.write(layer, row_B, place_BT, k_BTKC, v_BTKC)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _in_one_launch(layer, halves, cache, row_B, place_BT, q_BTHC, k_BTKC, v_BTKC, rotation) -> tuple:
+    """`_rotate_and_write` by the kernel; what a vmap adds becomes a loop."""
+    write = jax.custom_batching.sequential_vmap(functools.partial(triton_cache.write, halves=halves))
+    arrays = triton_cache.Arrays(cache.k, cache.v, cache.broken_B, cache.k_scale, cache.v_scale)
+    q_BTHC, arrays = write(arrays, jnp.int32(layer), row_B, place_BT, q_BTHC, k_BTKC, v_BTKC, *rotation)
+    return q_BTHC, cache.replace(**arrays._asdict())
+
+
+def _in_one_launch_forward(layer: int, halves: bool, *arrays) -> tuple[tuple, tuple]:
+    return _in_one_launch(layer, halves, *arrays), arrays
+
+
+def _in_one_launch_backward(layer: int, halves: bool, arrays: tuple, changes: tuple) -> tuple:
+    return jax.vjp(functools.partial(_rotate_and_write, layer, halves), *arrays)[1](changes)
+
+
+_in_one_launch.defvjp(_in_one_launch_forward, _in_one_launch_backward)
 
 
 def attend(

@@ -15,7 +15,7 @@ from realm_jax.model import layers
 from realm_jax.model.cache import UNBROKEN, KeyValues, KVCache
 from realm_jax.model.config import Config
 from realm_jax.model.params import Layer, Params
-from realm_jax.model.rope import rope_tables
+from realm_jax.model.rope import rope_tables, rotate
 
 Observe = Callable[[tuple[str | int, ...], jax.Array], None]  # told of a weight, by its path, and its input (B, T, K)
 
@@ -80,11 +80,14 @@ def run(
         first_BT: jax.Array | None,
     ) -> tuple:
         in_attn, in_ffn = (_observe_within(observe, "layers", i, part) for part in ("attn", "ffn"))
-        q_BTHC, k_BTKC, v_BTKC = layers.project_qkv(layer.attn, config, x_BTD, rotation, change.attn, in_attn)
+        q_BTHC, k_BTKC, v_BTKC = layers.project_qkv(layer.attn, config, x_BTD, change.attn, in_attn)
+        halves = config.rope.halves
         if cache is None:
+            q_BTHC, k_BTKC = (rotate(x, *rotation, halves) for x in (q_BTHC, k_BTKC))
             kv = KeyValues(k_BTKC, v_BTKC)
         else:
-            cache = cache.write(i, row_B, write_BT, k_BTKC, v_BTKC)
+            new = q_BTHC, k_BTKC, v_BTKC
+            q_BTHC, cache = layers.rotate_into(cache, i, row_B, write_BT, *new, rotation, halves)
             kv = cache.read(i, rows_B)
         x_BTD = x_BTD + layers.attend(layer.attn, config, q_BTHC, kv, place_BT, first_BT, change.attn, in_attn)
         return x_BTD + layers.feed_forward(layer.ffn, config, x_BTD, change.ffn, in_ffn), cache

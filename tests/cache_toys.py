@@ -1,0 +1,58 @@
+"""New tokens for caches of every kind, taken in by the kernel and as XLA has it: for tests on the CPU and on a GPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from realm_jax.model import KVCache
+from realm_jax.model.cache import UNBROKEN, to_int8
+from realm_jax.model.layers import _in_one_launch, _rotate_and_write
+
+LAYER, PLACES = 1, 24
+ROWS = np.array([3, 0, 7, 1], np.int32)  # of the five of the cache; the third is past the last
+WAYS = {"kernel": _in_one_launch, "xla": _rotate_and_write}
+
+
+def cache_of(dtype: str, K: int, C: int) -> KVCache:
+    """A cache of two layers and five rows, full of leftovers; row 1 is broken at place 9."""
+    k, v = (jax.random.normal(jax.random.key(seed), (2, 5, PLACES, K, C)) for seed in (1, 2))
+    broken_B = jnp.full(5, UNBROKEN, jnp.int32).at[1].set(9)
+    if dtype != "int8":
+        return KVCache(k.astype(dtype), v.astype(dtype), jnp.full(5, 8, jnp.int32), broken_B)
+    (k, k_scale), (v, v_scale) = to_int8(k), to_int8(v)
+    return KVCache(k, v, jnp.full(5, 8, jnp.int32), broken_B, k_scale, v_scale)
+
+
+def new_tokens(dtype: str, T: int, H: int, K: int, C: int, R: int) -> tuple:
+    """Places, queries, keys, values and rotation of T tokens of ROWS.
+
+    The second half of the last row falls off its end. A value of the first row's last token is infinite, and a key of
+    the last row's first (at place 5, where the row is broken at 9) not a number. All numbers have 8 bits: so products
+    are exact, and it does not matter whether a compiler contracts a * b + c, as LLVM does here and there.
+    """
+    keys = jax.random.split(jax.random.key(T), 4)
+    q, k, v = (
+        jax.random.normal(key, (4, T, heads, C)).astype(jnp.bfloat16).astype(dtype)
+        for key, heads in zip(keys, (H, K, K), strict=False)
+    )
+    place = np.array([[2], [PLACES - T], [1], [5]]) + np.arange(T)
+    place[3, T - T // 2 :] = PLACES + 3
+    angle = jax.random.uniform(keys[3], (4, T, R), maxval=500.0)
+    v = v.at[0, -1, -1, 0].set(jnp.inf)
+    k = k.at[3, -1].set(0).at[3, 0, 0, C - 1].set(jnp.nan)
+    rotation = tuple(x.astype(jnp.bfloat16).astype(jnp.float32) for x in (jnp.cos(angle), jnp.sin(angle)))
+    return jnp.array(place, jnp.int32), q, k, v, rotation
+
+
+def taken(way: str, cache: KVCache, halves: bool, rows: np.ndarray, new: tuple) -> tuple[jax.Array, KVCache]:
+    """The rotated queries and the cache with the new tokens in it, by the kernel or as XLA has it."""
+    # XLA would leave out the rounding to the type of the activations where it can.
+    options = {"xla_allow_excess_precision": False}
+    take = jax.jit(lambda *arrays: WAYS[way](LAYER, halves, *arrays), compiler_options=options)
+    return take(cache, jnp.asarray(rows), *new)
+
+
+def same(got: tuple, want: tuple) -> None:
+    """Assert that all arrays are equal, bit for bit (NaN equals NaN)."""
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
