@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,17 +146,21 @@ def compare(
 def time_cases(config: TuneKernelsConfig, cases: Sequence[Case]) -> list[float]:
     """Microseconds of each product, NEVER for what the device cannot run; all are compiled first, then timed."""
 
-    def prepare(case: Case) -> Loop | None:
-        x = random_rows(case.rows, case.weights[0].shape[1], config.dtype)
+    def attempt(step: Callable[[], Any]) -> Any:
         try:
-            return compile_loop(case.product, x, case.weights, config.rounds)
+            return step()
         except jax.errors.JaxRuntimeError as error:  # more shared memory or registers than there are
             click.echo(f"left out: {str(error).splitlines()[0]:.200}", err=True)
             return None
 
+    def prepare(case: Case) -> Loop:
+        x = random_rows(case.rows, case.weights[0].shape[1], config.dtype)
+        return compile_loop(case.product, x, case.weights, config.rounds)
+
     with ThreadPoolExecutor() as pool:
-        loops = list(pool.map(prepare, cases))
-    return [NEVER if loop is None else loop.seconds(config.repeats) * 1e6 for loop in loops]
+        loops = list(pool.map(lambda case: attempt(lambda: prepare(case)), cases))
+    times = [loop and attempt(lambda loop=loop: loop.seconds(config.repeats)) for loop in loops]
+    return [NEVER if seconds is None else seconds * 1e6 for seconds in times]
 
 
 def fused(sizes: Tiles) -> Product:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+import product_times
 import tune_kernels
 from realm_jax.errors import RealmError
 from realm_jax.experiment import load_config
@@ -210,13 +211,17 @@ def test_the_least_weighted_time_is_taken_and_merged_into_the_file(tmp_path, clo
 
 
 def test_what_a_device_cannot_run_is_left_out(monkeypatch, capsys):
-    config = tune_kernels.TuneKernelsConfig(rounds=1, repeats=1)
-    weights = tune_kernels.random_weights("Q8_0", (16, 64), 0.0)
-
-    def too_much(x, w):
+    def too_much(*_):
         raise tune_kernels.jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: shared memory\nand more")
 
-    cases = [tune_kernels.Case(product, 1, weights) for product in (too_much, tune_kernels.dense.matmul)]
-    never, quick = tune_kernels.time_cases(config, cases)
-    assert never == tune_kernels.NEVER and 0 < quick < never
-    assert "left out: RESOURCE_EXHAUSTED: shared memory\n" in capsys.readouterr().err
+    def compiled(product, x, weights, rounds):  # "run" is what compiles and does not run
+        program = too_much if product == "run" else lambda x, weights: x
+        return too_much() if product == "compile" else product_times.Loop(program, x, weights, rounds)
+
+    monkeypatch.setattr(tune_kernels, "compile_loop", compiled)
+    weights = tune_kernels.random_weights("Q8_0", (16, 64), 0.0)
+    config = tune_kernels.TuneKernelsConfig(rounds=1, repeats=1)
+    cases = [tune_kernels.Case(way, 1, weights) for way in ("compile", "quick", "run")]
+    first, quick, last = tune_kernels.time_cases(config, cases)
+    assert first == last == tune_kernels.NEVER and 0 < quick < tune_kernels.NEVER
+    assert capsys.readouterr().err == "left out: RESOURCE_EXHAUSTED: shared memory\n" * 2
