@@ -22,7 +22,7 @@ from realm_jax.lora.stack import AdapterLike, deltas_for
 from realm_jax.model.cache import KVCache
 from realm_jax.model.config import Config
 from realm_jax.model.model import Model
-from realm_jax.model.params import Params
+from realm_jax.model.params import Params, for_any_rows
 from realm_jax.model.transformer import run, unembed
 from realm_jax.model.vocabulary import check_same_vocabulary
 
@@ -164,7 +164,8 @@ def score(
 
     chunks_NT: int32 token ids. adapter, reference_adapter: what the model and the reference run with. cache_dtype: one
     of `model.cache.DTYPES`; the model then reads keys and values from a cache of this type, as decoding does, and the
-    reference runs without one; None: neither has a cache. on_chunks: called with the number of chunks of each step when
+    reference runs without one; None: neither has a cache. A model in int8 arithmetic has it for all tokens here.
+    on_chunks: called with the number of chunks of each step when
     it is done. Raises RequestError where a token id is not in the vocabulary, the reference has another vocabulary, or
     the type of cache is none; AdapterError for an adapter that does not fit.
     """
@@ -175,7 +176,7 @@ def score(
         check_same_vocabulary(model, reference, "reference model")
     batch = batch or default_batch(chunks_NT.shape[1], model.config)
     models = (model,) if reference is None else (model, reference)
-    params, configs = tuple(m.params for m in models), tuple(m.config for m in models)
+    params, configs = tuple(for_any_rows(m.params) for m in models), tuple(m.config for m in models)
     deltas = tuple(deltas_for(m, a) for m, a in zip(models, (adapter, reference_adapter), strict=False))
     steps = []
     for rows, chunks_BT in batches(chunks_NT, min(batch, len(chunks_NT))):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from realm_jax.lora.stack import AdapterLike, deltas_for
 from realm_jax.model.config import Config
 from realm_jax.model.model import Model
-from realm_jax.model.params import Params
+from realm_jax.model.params import Params, for_any_rows
 from realm_jax.model.transformer import run, unembed
 
 
@@ -30,7 +30,8 @@ def forward(
 
     Ids must lie in [0, V); JAX clamps others silently inside `jit`, so check them where they come in. adapter: one, or
     several that act together (see `AdapterLike`); or a stack, of which row b takes entry `adapter_index[b]`, 0 = none.
-    Other scales and other adapters of the same shapes run what was compiled before. AdapterError for what does not fit.
+    Other scales and other adapters of the same shapes run what was compiled before. A model in int8 arithmetic has it
+    however many tokens there are. AdapterError for what does not fit.
     """
     deltas = deltas_for(model, adapter, adapter_index)
-    return _logits(model.params, model.config, jnp.asarray(tokens_BT, jnp.int32), deltas)
+    return _logits(for_any_rows(model.params), model.config, jnp.asarray(tokens_BT, jnp.int32), deltas)

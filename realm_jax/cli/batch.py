@@ -14,7 +14,7 @@ import click
 from realm_jax.cli import output
 from realm_jax.cli.adapters import load_adapters, parse_adapter, skip_option
 from realm_jax.cli.batch_view import Tally, View, summary_table
-from realm_jax.cli.decoding import cache_dtype_option, draft_options, model_text
+from realm_jax.cli.decoding import arithmetic_option, cache_dtype_option, draft_options, model_text
 from realm_jax.cli.options import common_options, pre_option
 from realm_jax.cli.text import one_line
 from realm_jax.errors import RealmError
@@ -69,6 +69,7 @@ def _parse_adapters(_context: click.Context, _parameter: click.Parameter, values
 @skip_option
 @draft_options
 @cache_dtype_option
+@arithmetic_option
 @click.option(
     "--steps",
     metavar="N",
@@ -104,6 +105,7 @@ def command(
     overwrite: bool,
     adapters: Adapters,
     skip_misfits: bool,
+    arithmetic: str,
     metrics: Path | None,
     pre: str | None,
     as_json: bool,
@@ -131,11 +133,11 @@ def command(
     with open_requests(path) as file, ResultsFile(out, overwrite) as results:
         job = _Job.of(file, str(path or "stdin"), results)
         _say_what_is_done(job, results)
-        report: dict[str, Any] = dict.fromkeys(("metrics", "model", "device", "matmul"))
+        report: dict[str, Any] = dict.fromkeys(("metrics", "model", "device", "matmul", "arithmetic"))
         try:
             if job.total > job.done:
                 with _event_log(metrics, overwrite) as log:
-                    loaded, options["adapters"] = _load(model, pre, adapters, skip_misfits)
+                    loaded, options["adapters"] = _load(model, pre, arithmetic, adapters, skip_misfits)
                     report = _serve(job, results, loaded, log, options)
         except KeyboardInterrupt:
             _say_how_to_go_on(job, results, overwrite)
@@ -217,12 +219,14 @@ def _event_log(path: Path | None, anew: bool) -> Iterator[Callable[[Mapping[str,
         yield lambda event: file.write(json.dumps(event) + "\n")
 
 
-def _load(model: list[Path], pre: str | None, adapters: Adapters, skip_misfits: bool) -> "tuple[Model, dict[str, Any]]":
+def _load(
+    model: list[Path], pre: str | None, arithmetic: str, adapters: Adapters, skip_misfits: bool
+) -> "tuple[Model, dict[str, Any]]":
     """The model, and its adapters with their scales by name."""
     from realm_jax.model import load
 
     with output.waiting("loading the model"):
-        loaded = load(*model, pre=pre)
+        loaded = load(*model, pre=pre).with_arithmetic(arithmetic)
         fitted = load_adapters(loaded, list(adapters.values()), skip_misfits) or []
         return loaded, dict(zip(adapters, fitted, strict=True))
 
@@ -262,5 +266,6 @@ def _serve(
             "max_len": engine.max_len,
             "device": device,
             "matmul": matmul,
+            "arithmetic": model.arithmetic,
             "model": model_text(model),
         }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from realm_jax.cli import output
-from realm_jax.cli.decoding import cache_dtype_option
+from realm_jax.cli.decoding import arithmetic_option, cache_dtype_option
 from realm_jax.cli.options import common_options, file_argument
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ PROMPT_TOKENS = 512
     "--repeats", metavar="N", default=5, show_default=True, type=click.IntRange(min=1), help="Medians are over so many."
 )
 @cache_dtype_option
+@arithmetic_option
 @click.option(
     "--dtype",
     metavar="TYPE",
@@ -56,6 +57,7 @@ def command(
     new_tokens: int,
     repeats: int,
     cache_dtype: str,
+    arithmetic: str,
     dtype: str,
     as_json: bool,
 ) -> None:
@@ -70,7 +72,7 @@ def command(
     from realm_jax.model import load
 
     with output.waiting("loading the model"):
-        loaded = load(model)
+        loaded = load(model).with_arithmetic(arithmetic)
     prompt_tokens = prompt_tokens or max(1, min(PROMPT_TOKENS, loaded.config.context_length - new_tokens - 1))
     options = {"cache_dtype": cache_dtype, "dtype": dtype}
     speed.check_request(loaded, prompt_tokens, new_tokens, **options)
@@ -115,6 +117,7 @@ def _facts(model: "Model") -> dict[str, Any]:
     return {
         "model": model.origin.source,
         "formats": speed.formats(model.params),
+        "arithmetic": model.arithmetic,
         "weight_bytes": speed.weight_bytes(model.params),
         "device": jax.devices()[0].device_kind,
         "backend": jax.default_backend(),

@@ -1,4 +1,4 @@
-"""What commands that decode share: the options of a draft and of the cache, and the model in one line."""
+"""What commands that run a model share: options of a draft, of the cache and of arithmetic; the model in one line."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,14 @@ cache_dtype_option = click.option(
     default="float32",
     show_default=True,
     help="Of keys and values: float32, bfloat16, float16 or int8.",
+)
+
+arithmetic_option = click.option(
+    "--arithmetic",
+    metavar="TYPE",
+    default="float",
+    show_default=True,
+    help="Of MODEL's products by packed weights: float, or int8 (activations of few rows as 8-bit integers).",
 )
 
 

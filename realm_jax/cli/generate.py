@@ -10,7 +10,7 @@ import click
 
 from realm_jax.cli import output
 from realm_jax.cli.adapters import adapter_options, load_adapters
-from realm_jax.cli.decoding import draft_options, model_text
+from realm_jax.cli.decoding import arithmetic_option, draft_options, model_text
 from realm_jax.cli.options import common_options, file_argument, pre_option
 from realm_jax.cli.text import one_line, read_stdin, visible
 from realm_jax.errors import RequestError
@@ -79,6 +79,7 @@ def _parse_bias(_context: click.Context, _parameter: click.Parameter, values: tu
     "--logprobs", metavar="N", type=click.IntRange(min=0), default=0, help="Report log-probabilities of N top tokens."
 )
 @draft_options
+@arithmetic_option
 @adapter_options
 @pre_option
 @common_options
@@ -88,6 +89,7 @@ def command(
     chat: bool,
     adapter: list[tuple[Path, float]],
     skip_misfits: bool,
+    arithmetic: str,
     pre: str | None,
     as_json: bool,
     **settings: Any,
@@ -104,7 +106,7 @@ def command(
 
     started = time.perf_counter()
     with output.waiting("loading the model"):
-        loaded = load(model, pre=pre)
+        loaded = load(model, pre=pre).with_arithmetic(arithmetic)
         settings["adapter"] = load_adapters(loaded, adapter, skip_misfits)
     load_seconds = time.perf_counter() - started
     if chat:
@@ -156,6 +158,7 @@ def _as_json(model: "Model", completion: "Completion") -> dict[str, Any]:
         "compile_seconds": stats.compile_seconds,
         "device": stats.device,
         "matmul": stats.matmul,
+        "arithmetic": model.arithmetic,
         "model": model.origin.source,
     }
     if completion.logprobs is not None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from realm_jax.cli import output
 from realm_jax.cli.adapters import adapter_options, load_adapters
+from realm_jax.cli.decoding import arithmetic_option
 from realm_jax.cli.options import common_options, file_argument, pre_option
 from realm_jax.errors import RealmError, RequestError
 
@@ -28,6 +29,7 @@ def _parse_tokens(_context: click.Context, _parameter: click.Parameter, value: s
 @click.option("--tokens", callback=_parse_tokens, metavar="1,2,3", help="Token ids to run; nothing is added.")
 @click.option("--prompt", metavar="TEXT", help="Text to run; BOS and EOS are added by the file's own rules.")
 @click.option("--out", required=True, metavar="FILE.npy", type=click.Path(path_type=Path), help="File to write.")
+@arithmetic_option
 @adapter_options
 @pre_option
 @common_options
@@ -36,6 +38,7 @@ def command(
     tokens: list[int] | None,
     prompt: str | None,
     out: Path,
+    arithmetic: str,
     adapter: list[tuple[Path, float]],
     skip_misfits: bool,
     pre: str | None,
@@ -48,7 +51,7 @@ def command(
     from realm_jax.model import load
 
     with output.waiting("loading the model"):
-        loaded = load(model, pre=pre)
+        loaded = load(model, pre=pre).with_arithmetic(arithmetic)
         adapters = load_adapters(loaded, adapter, skip_misfits)
     if tokens is None:
         if loaded.tokenizer is None:
@@ -58,7 +61,9 @@ def command(
     logits_TV = np.asarray(forward(loaded, np.asarray([tokens], np.int32), adapter=adapters)[0], np.float32)
     write_npy(out, logits_TV)
     if as_json:
-        output.print_json({"out": str(out), "tokens": tokens, "shape": logits_TV.shape})
+        output.print_json(
+            {"out": str(out), "tokens": tokens, "shape": logits_TV.shape, "arithmetic": loaded.arithmetic}
+        )
     else:
         click.echo(f"{out}: float32 {logits_TV.shape}, {output.size_text(logits_TV.nbytes)}", err=True)
 

@@ -9,6 +9,7 @@ import click
 
 from realm_jax.cli import output
 from realm_jax.cli.adapters import adapter_options, load_adapters
+from realm_jax.cli.decoding import arithmetic_option
 from realm_jax.cli.divergence import divergence_json, divergence_rows
 from realm_jax.cli.options import common_options, file_argument, pre_option
 from realm_jax.cli.text import read_text_file
@@ -46,6 +47,7 @@ DEFAULT_CONTEXT = 512  # llama.cpp's
     type=click.IntRange(min=1),
     help="Chunks to run at once (default: as memory allows, up to 8).",
 )
+@arithmetic_option
 @adapter_options
 @pre_option
 @common_options
@@ -56,6 +58,7 @@ def command(
     reference: Path | None,
     cache_dtype: str | None,
     batch: int | None,
+    arithmetic: str,
     adapter: list[tuple[Path, float]],
     skip_misfits: bool,
     pre: str | None,
@@ -64,15 +67,15 @@ def command(
     """Measure the perplexity of TEXTFILE, in llama.cpp's way.
 
     The text is cut into chunks of --context tokens; a line break at its very end is left out, as llama.cpp does.
-    Needs at least two chunks. Adapters act on MODEL, not on the --reference: where both are the same file, the
-    divergence is what they change.
+    Needs at least two chunks. Adapters and --arithmetic act on MODEL, not on the --reference: where both are the same
+    file, the divergence is what they change. Here int8 is for all tokens, not for few rows alone.
     """
     text = read_text_file(textfile).removesuffix("\n")
     from realm_jax.evaluate import Divergence, Perplexity, score, text_chunks
     from realm_jax.model import load
 
     with output.waiting("loading the model"):
-        loaded = load(model, pre=pre)
+        loaded = load(model, pre=pre).with_arithmetic(arithmetic)
         adapters = load_adapters(loaded, adapter, skip_misfits)
     context = context or min(DEFAULT_CONTEXT, loaded.config.context_length)
     if context > loaded.config.context_length:
@@ -98,7 +101,7 @@ def command(
     own = Perplexity.of(scores.nll)
     divergence = Divergence.of(scores) if compared else None
     facts = {"tokens": scores.nll.size, "chunks": len(chunks), "context": context, "seconds": seconds}
-    facts["cache_dtype"] = cache_dtype
+    facts |= {"cache_dtype": cache_dtype, "arithmetic": loaded.arithmetic}
     if as_json:
         output.print_json(_as_json(own, divergence) | facts)
     else:

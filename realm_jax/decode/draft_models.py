@@ -50,7 +50,8 @@ def prepare_draft(
     cost: float | None = None,
     adapter: AdapterLike | None = None,
 ) -> PreparedDraft:
-    """The draft for a target model; a model is loaded, or made of the target's own weights, as `DraftLike` says.
+    """The draft for a target model; a model is loaded, or made of the target's own weights, as `DraftLike` says, and
+    computes in the target's arithmetic.
 
     tokens: the most it proposes a round, 1 to MOST_TOKENS. adaptive: rows propose fewer, or none, by their acceptance.
     cost: time of a draft token over that of a target step; None: the bytes of weights that each reads. adapter: of the
@@ -93,7 +94,7 @@ def _draft_model(model: Model, draft: DraftLike) -> Model:
     if isinstance(draft, str | os.PathLike):
         if not Path(draft).exists():
             raise RequestError(f"draft {str(draft)!r} is no file; give a GGUF file, ngram, or self:FORMAT as self:Q2_K")
-        return load(draft)
+        return load(draft).with_arithmetic(model.arithmetic)
     raise RequestError(f"draft is of type {type(draft).__name__}; give a Model, a path, 'ngram' or 'self:FORMAT'")
 
 

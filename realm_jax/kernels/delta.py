@@ -81,7 +81,7 @@ def dora_norms(w: Weight, delta: Delta, *, embedding: bool = False, squared_N: j
         a_RK, b_NR = b_NR.T, a_RK.T  # the delta of w.T
         crossed_RN = matmul_transposed(a_RK, w) if isinstance(w, QuantizedTensor) else _dot(a_RK, w.astype(jnp.float32))
     else:
-        crossed_RN = matmul(a_RK, w)
+        crossed_RN = matmul(a_RK, w.replace(arithmetic="float") if isinstance(w, QuantizedTensor) else w)
     gram_RR = _dot(a_RK, a_RK.T)
     crossed_N = jnp.einsum("rn,nr->n", crossed_RN, b_NR, precision=HIGHEST)
     own_N = jnp.einsum("nr,nr->n", _dot(b_NR, gram_RR), b_NR, precision=HIGHEST)

@@ -1,10 +1,14 @@
 """The one matrix product of the package: `matmul(x, w)` is x @ w.T for packed or dense weights.
 
 Model code calls `matmul` and nothing else. An implementation is a row of `IMPLEMENTATIONS`; adding a kernel is adding
-a row. Shape key: `M` rows of x, `N` output features, `K` input features.
+a row. Weights say in which arithmetic they are multiplied: in "int8" up to MOST_ROWS rows of x become 8-bit integers
+first (`reference.int8_steps`); more rows stay as they are. Gradients take no notice of that rounding.
+
+Shape key: `M` rows of x, `N` output features, `K` input features.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,6 +19,7 @@ from jax.custom_batching import custom_vmap
 
 from realm_jax.errors import RealmError
 from realm_jax.kernels import dense, reference, triton_matmul
+from realm_jax.kernels.triton_matmul import MOST_ROWS
 from realm_jax.quant import QuantizedTensor
 
 Weight = jax.Array | QuantizedTensor
@@ -32,18 +37,38 @@ class Implementation(NamedTuple):
     transposed: Callable[[jax.Array, QuantizedTensor], jax.Array]
 
 
-@custom_vmap
-def _few_rows(x: jax.Array, w: QuantizedTensor) -> jax.Array:
-    """`triton_matmul.matmul`; under `vmap`, more rows of x are more rows, and other weights for each a loop."""
-    return triton_matmul.matmul(x, w)
+def _few_rows(
+    apply: Callable[[jax.Array, QuantizedTensor], jax.Array], *, int8: bool
+) -> Callable[[jax.Array, QuantizedTensor], jax.Array]:
+    """`apply`; under `vmap`, more rows of x are more rows, and other weights for each a loop. int8: its arithmetic."""
+    vmapped = custom_vmap(apply)
+
+    @vmapped.def_vmap
+    def _(size: int, batched: tuple, x: jax.Array, w: QuantizedTensor) -> tuple[jax.Array, bool]:
+        def product(pair: tuple) -> jax.Array:
+            x, w = pair
+            return matmul(x, w if int8 else w.replace(arithmetic="float"))
+
+        if not any(jax.tree.leaves(batched[1])):
+            return product((x, w)), True
+        pairs = jax.tree.map(lambda a, own: a if own else jnp.broadcast_to(a, (size, *a.shape)), (x, w), tuple(batched))
+        return lax.map(product, pairs), True
+
+    return vmapped
 
 
-@_few_rows.def_vmap
-def _few_rows_vmap(size: int, batched: tuple, x: jax.Array, w: QuantizedTensor) -> tuple[jax.Array, bool]:
-    if not any(jax.tree.leaves(batched[1])):
-        return matmul(x, w), True
-    pairs = jax.tree.map(lambda a, own: a if own else jnp.broadcast_to(a, (size, *a.shape)), (x, w), tuple(batched))
-    return lax.map(lambda pair: matmul(*pair), pairs), True
+def _int8(refuses: Callable[[tuple[int, ...], QuantizedTensor], str | None]) -> Callable:
+    """`refuses` of an implementation of int8 arithmetic, which is for weights and rows that ask for it."""
+
+    def own(x_shape: tuple[int, ...], w: QuantizedTensor) -> str | None:
+        rows = math.prod(x_shape[:-1])
+        if w.arithmetic == "float":
+            return 'it is for weights in "int8" arithmetic (Model.with_arithmetic)'
+        if w.arithmetic == "int8" and not 1 <= rows <= MOST_ROWS:
+            return f"int8 arithmetic takes 1 to {MOST_ROWS} rows, not {rows}"
+        return refuses(x_shape, w)
+
+    return own
 
 
 def _transposed(y: jax.Array, w: QuantizedTensor) -> jax.Array:
@@ -54,7 +79,10 @@ def _transposed(y: jax.Array, w: QuantizedTensor) -> jax.Array:
 
 # In the order in which "auto" asks them; the reference serves everything and stands last.
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "triton": Implementation(triton_matmul.refuses, _few_rows, _transposed),
+    "reference_int8": Implementation(
+        _int8(lambda x_shape, w: None), _few_rows(reference.matmul_int8, int8=True), _transposed
+    ),
+    "triton": Implementation(triton_matmul.refuses, _few_rows(triton_matmul.matmul, int8=False), _transposed),
     "dense": Implementation(dense.refuses, dense.matmul, dense.matmul_transposed),
     "reference": Implementation(lambda x_shape, w: None, reference.matmul, reference.matmul_transposed),
 }

@@ -10,6 +10,7 @@ from jax import lax
 from realm_jax.kernels.residency import packed_until
 from realm_jax.quant import QuantizedTensor
 
+INT8_BLOCK = 32  # inputs that share a scale; the blocks of every format are whole ones of these
 STRIPE_WEIGHTS = 1 << 18  # on CPU, so many weights are dequantized at a time: 1 MB, which stays in cache
 
 
@@ -40,6 +41,26 @@ def matmul(x: jax.Array, w: QuantizedTensor) -> jax.Array:
     if rest:
         y = jnp.concatenate([y, rows(w.shape[0] - rest, rest)], -1)
     return y.astype(x.dtype)
+
+
+def matmul_int8(x: jax.Array, w: QuantizedTensor) -> jax.Array:
+    """x (..., K) @ w.T of x as 8-bit integers and scales, in the dtype of x. A row that is not finite gives NaN."""
+    steps, scale = int8_steps(x)
+    rounded = jnp.repeat(scale, INT8_BLOCK, -1) * steps.astype(jnp.float32)
+    return matmul(rounded, w).astype(x.dtype)
+
+
+def int8_steps(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x (..., K) in steps, int8, of a size that 32 neighbours share, float32 (..., K / 32): their largest is 127 steps.
+
+    ggml's Q8_1 (llama.cpp's activations), but that rounds the size to float16. Of neighbours that are not all finite
+    the size is NaN.
+    """
+    x = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, INT8_BLOCK)
+    size = jnp.max(jnp.abs(x), -1) / 127
+    steps = jnp.round(x / jnp.where(size == 0, jnp.inf, size)[..., None])
+    steps = jnp.clip(steps, -127, 127).astype(jnp.int8)
+    return steps.reshape(*x.shape[:-2], -1), size + jnp.sum(x * 0, -1)  # the largest may have lost a NaN
 
 
 def matmul_transposed(y: jax.Array, w: QuantizedTensor) -> jax.Array:

@@ -6,10 +6,13 @@ from collections.abc import Mapping
 import flax.struct
 import numpy as np
 
+from realm_jax.errors import RequestError
 from realm_jax.gguf.tokenizer import Tokenizer
 from realm_jax.gguf.types import Field
 from realm_jax.model.config import Config
-from realm_jax.model.params import Params
+from realm_jax.model.params import Params, arithmetic_of, with_arithmetic
+
+ARITHMETICS = ("float", "int8")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,6 +41,23 @@ class Model:
     config: Config = flax.struct.field(pytree_node=False)
     tokenizer: Tokenizer | None = flax.struct.field(pytree_node=False)
     origin: Origin = flax.struct.field(pytree_node=False)
+
+    @property
+    def arithmetic(self) -> str:
+        """What `with_arithmetic` set: "float" or "int8"."""
+        return arithmetic_of(self.params)
+
+    def with_arithmetic(self, arithmetic: str) -> "Model":
+        """The model, the same arrays, whose products by packed weights are computed in this arithmetic.
+
+        "float": activations as they are. "int8": where there are few rows (64 at most: decoding), in steps of 1/127 of
+        the largest of 32, as llama.cpp has it; evaluation and `forward` then do so for any number of rows. Dense
+        weights, lookups in the embedding, adapters and gradients stay in floating point, and files know nothing of it.
+        RequestError for another name.
+        """
+        if arithmetic not in ARITHMETICS:
+            raise RequestError(f"arithmetic of {arithmetic!r} is not known; take one of {', '.join(ARITHMETICS)}")
+        return self.replace(params=with_arithmetic(self.params, arithmetic))
 
     def __repr__(self) -> str:
         c = self.config

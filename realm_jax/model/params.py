@@ -155,6 +155,33 @@ def get_weight(params: Params, path: tuple[str | int, ...]) -> Weight | None:
     return node
 
 
+def with_arithmetic(params: Params, arithmetic: str) -> Params:
+    """The same arrays; packed weights that are multiplied by (layers, the output matrix) have that arithmetic."""
+    head = "embedding" if params.output is None else "output"
+    layers, own = jax.tree.map(
+        lambda w: w.replace(arithmetic=arithmetic) if _is_packed(w) else w,
+        (params.layers, getattr(params, head)),
+        is_leaf=_is_packed,
+    )
+    return params.replace(layers=layers, **{head: own})
+
+
+def arithmetic_of(params: Params) -> str:
+    """Of a model: "int8" if any weight that is multiplied by is to be in int8 arithmetic, else "float"."""
+    head = params.embedding if params.output is None else params.output
+    weights = jax.tree.leaves((params.layers, head), is_leaf=_is_packed)
+    return "int8" if any(_is_packed(w) and w.arithmetic != "float" for w in weights) else "float"
+
+
+def for_any_rows(params: Params) -> Params:
+    """The weights with their arithmetic for any number of rows, so that what is measured has one meaning."""
+    return with_arithmetic(params, "int8_any_rows") if arithmetic_of(params) == "int8" else params
+
+
+def _is_packed(node: Any) -> bool:
+    return isinstance(node, QuantizedTensor)
+
+
 def init_params(config: Config, key: jax.Array, dtype: jnp.dtype = jnp.float32, tied: bool = True) -> Params:
     """Random dense weights to train from: normal with deviation 1 / sqrt(K) for (N, K), vectors of ones.
 

@@ -29,12 +29,14 @@ def quantize(
     round take no notice of it. method: "refine" weighs errors about as ggml does, "mse" by importance alone, "search"
     is "refine" without its last fit; see docs/quantization.md.
 
-    Deterministic. A QuantizedTensor is dequantized first. Also works on traced arrays, where values cannot be checked.
+    Deterministic. A QuantizedTensor is dequantized first; the new one has its arithmetic. Also works on traced arrays,
+    where values cannot be checked.
     RealmError if the format or method is not known or has no encoder, K is not whole blocks, the importance does not
     fit, or a value is not finite or too large for the format.
     """
+    arithmetic = "float"
     if isinstance(w, QuantizedTensor):
-        w = w.dequantize()
+        w, arithmetic = w.dequantize(), w.arithmetic
     elif not isinstance(w, jax.Array):
         w = np.asarray(w)
     if method not in METHODS:
@@ -46,13 +48,13 @@ def quantize(
         w = lax.stop_gradient(w)  # codes are integers: their gradient is zero
         if kind is None:
             return w.astype(DENSE_FORMATS[format])
-        return QuantizedTensor(kind.group(_encode(kind, w, importance, method)), format)
+        return QuantizedTensor(kind.group(_encode(kind, w, importance, method)), format, arithmetic)
     if kind is None:
         out, fits = _cast(w, format)
         finite = bool(fits) or bool(jnp.isfinite(jnp.asarray(w)).all())
     else:
         planes, finite, fits = _encode_in_stripes(kind, w, importance, method)
-        out = QuantizedTensor(planes, format)
+        out = QuantizedTensor(planes, format, arithmetic)
     if not finite:
         raise RealmError(f"cannot quantize to {format}: the weights {tuple(w.shape)} hold NaN or infinity")
     if not fits:

@@ -23,12 +23,15 @@ class QuantizedTensor:
     """Weights (..., N, K) that stay in their ggml blocks: a frozen pytree whose leaves are planes.
 
     planes: the fields of the blocks, each (..., N, *tail); see `quant.layout` and docs/formats.md. Together they hold
-    exactly the bits of the blocks. format: the ggml name, static. The shape follows from the planes, so that slices,
-    stacks, `vmap` and `scan` over leading axes give QuantizedTensors of the right shape.
+    exactly the bits of the blocks. format: the ggml name, static. arithmetic: how `kernels.matmul` multiplies by them,
+    static, and no part of a file: "float", "int8" (for few rows of activations) or "int8_any_rows" (for measuring). The
+    shape follows from the planes, so that slices, stacks, `vmap` and `scan` over leading axes give QuantizedTensors of
+    the right shape.
     """
 
     planes: dict[str, jax.Array]
     format: str = flax.struct.field(pytree_node=False)
+    arithmetic: str = flax.struct.field(pytree_node=False, default="float")
 
     @classmethod
     def from_bytes(cls, raw: np.ndarray, format: str, shape: tuple[int, ...]) -> QuantizedTensor:
@@ -90,7 +93,8 @@ class QuantizedTensor:
         if not all(hasattr(plane, "dtype") for plane in self.planes.values()):  # a tree of specs, None, ...
             return f"QuantizedTensor({self.format}, {self.planes})"
         size = f"{self.nbytes / 1e6:.1f} MB" if self.nbytes >= 1e6 else f"{self.nbytes / 1e3:.1f} kB"
-        return f"QuantizedTensor({self.format}, {self.shape}, {size})"
+        arithmetic = "" if self.arithmetic == "float" else f", {self.arithmetic}"
+        return f"QuantizedTensor({self.format}, {self.shape}, {size}{arithmetic})"
 
 
 @functools.partial(jax.jit, static_argnames="format")

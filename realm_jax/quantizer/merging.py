@@ -23,7 +23,7 @@ from realm_jax.lora.misfit import gguf_name
 from realm_jax.lora.stack import AdapterLike
 from realm_jax.model.model import Model
 from realm_jax.model.params import Weight, get_weight, tensor_specs
-from realm_jax.quant import DEFAULT_METHOD, quantize
+from realm_jax.quant import DEFAULT_METHOD, QuantizedTensor, quantize
 from realm_jax.quant.layout import aligned_empty
 from realm_jax.quantizer.encode import Errors
 from realm_jax.quantizer.imatrix import Imatrix
@@ -114,6 +114,8 @@ def rebuild(
         changed_R = (merged_RK != w_RK).any(1)
         changed |= bool(changed_R.any())
         part = encode(merged_RK)
+        if isinstance(part, QuantizedTensor) and isinstance(weight, QuantizedTensor):
+            part = part.replace(arithmetic=weight.arithmetic)
         if keep and format_of(part) == format_of(weight):
             part = jax.tree.map(functools.partial(_where_rows, changed_R), part, own)
         if made is None:
