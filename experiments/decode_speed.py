@@ -59,6 +59,7 @@ class DecodeSpeedConfig:
     repeats: int = 5
     activations: Literal["float32", "bfloat16", "float16"] = "float32"
     cache: Literal["float32", "bfloat16", "float16", "int8"] = "bfloat16"
+    arithmetic: Literal["float", "int8"] = "float"
     matmul: str = "auto"
     attention: str = "auto"
     compile_twice: bool = True
@@ -109,8 +110,9 @@ def main(config: DecodeSpeedConfig, run: Run) -> None:
 
 def make_model(config: DecodeSpeedConfig, mix: str) -> Model:
     if config.model is not None:
-        return load(config.model)
-    return jax.block_until_ready(random_model(shape_config(config.shape, config.layers), mix, config.seed))
+        return load(config.model).with_arithmetic(config.arithmetic)
+    made = jax.block_until_ready(random_model(shape_config(config.shape, config.layers), mix, config.seed))
+    return made.with_arithmetic(config.arithmetic)
 
 
 def measure(
@@ -213,8 +215,8 @@ def describe(config: DecodeSpeedConfig, ceiling: float) -> str:
     return (
         f"{what}{layers}; {config.context} tokens in the cache, {config.steps} steps in one call, {config.repeats} "
         f"repeats; prompts of {config.prompt_tokens} tokens in chunks of {config.chunk}; activations "
-        f"{config.activations}, cache {config.cache}, matmul {config.matmul}, attention {config.attention}; "
-        f"the device reads {ceiling / 1e9:,.0f} GB/s"
+        f"{config.activations}, cache {config.cache}, arithmetic {config.arithmetic}, matmul {config.matmul}, "
+        f"attention {config.attention}; the device reads {ceiling / 1e9:,.0f} GB/s"
     )
 
 

@@ -69,6 +69,8 @@ def main(config: KernelRooflineConfig, run: Run) -> None:
 def measure(config: KernelRooflineConfig, name: str, shape: tuple[int, int]) -> list[Line]:
     """A line of metrics.jsonl for each number of rows; the programs are compiled side by side."""
     weights = random_weights(name, shape, config.gigabytes)
+    if config.impl.endswith("_int8"):
+        weights = [w.replace(arithmetic="int8") for w in weights]
     product = functools.partial(matmul, impl=config.impl)
     inputs = [random_rows(rows, shape[1], config.dtype) for rows in config.rows]
     with ThreadPoolExecutor() as pool:

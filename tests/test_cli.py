@@ -304,7 +304,7 @@ def test_tokenize_with_another_pretokenizer(cli, vocabulary_file):
 def test_logits_of_tokens(cli, model_file, tmp_path):
     out = tmp_path / "logits.bin"  # exactly this name: nothing is added to it
     seen = cli("logits", model_file, "--tokens", "0, 5,7", "--out", out, "--json").json()
-    assert seen == {"out": str(out), "tokens": [0, 5, 7], "shape": [3, 261]}
+    assert seen == {"out": str(out), "tokens": [0, 5, 7], "shape": [3, 261], "arithmetic": "float"}
     logits = np.load(out)
     assert logits.dtype == np.float32
     np.testing.assert_array_equal(logits, realm.forward(realm.load(model_file), np.array([[0, 5, 7]]))[0])

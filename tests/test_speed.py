@@ -146,7 +146,7 @@ def test_bench(model_file, capsys):
     found = json.loads(capsys.readouterr().out)
     assert set(found) == {
         "model", "formats", "weight_bytes", "device", "backend", "versions", "cache_dtype", "dtype", "prompt_tokens",
-        "new_tokens", "repeats", "read_bytes_per_second", "results",
+        "new_tokens", "repeats", "read_bytes_per_second", "results", "arithmetic",
     }  # fmt: skip
     assert found["model"] == "small.gguf" and found["formats"] == {"float32": found["weight_bytes"]}
     assert [one["batch"] for one in found["results"]] == [1, 3]
