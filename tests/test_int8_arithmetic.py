@@ -21,7 +21,7 @@ from realm_jax.errors import RealmError, RequestError
 from realm_jax.experiment import Run, load_config
 from realm_jax.kernels import choose_impl, delta, matmul, reference
 from realm_jax.kernels.matmul import MOST_ROWS
-from realm_jax.model.params import arithmetic_of
+from realm_jax.model.params import arithmetic_of, for_any_rows
 from realm_jax.quant import FORMATS, QuantizedTensor
 from realm_jax.quantizer import quantize_model
 
@@ -169,6 +169,9 @@ def test_a_model(small, tmp_path):
     apart = small.replace(params=small.params.replace(output=small.params.embedding)).with_arithmetic("int8")
     assert {name for name, w in packed(apart).items() if w.arithmetic == "float"} == {".embedding"}
     assert jax.tree.structure(model.with_arithmetic("float")) == jax.tree.structure(small)
+    measured = small.replace(params=for_any_rows(apart.params))
+    assert [w.arithmetic for w in packed(measured).values()].count("int8_any_rows") == len(packed(apart)) - 1
+    assert measured.arithmetic == "int8"
     with pytest.raises(RequestError, match="arithmetic of 'int4' is not known; take one of float, int8"):
         small.with_arithmetic("int4")
     for name, own in (("a", small), ("b", model)):

@@ -174,8 +174,12 @@ def arithmetic_of(params: Params) -> str:
 
 
 def for_any_rows(params: Params) -> Params:
-    """The weights with their arithmetic for any number of rows, so that what is measured has one meaning."""
-    return with_arithmetic(params, "int8_any_rows") if arithmetic_of(params) == "int8" else params
+    """The same arrays; those in int8 arithmetic have it for any number of rows: what is measured has one meaning."""
+    return jax.tree.map(
+        lambda w: w.replace(arithmetic="int8_any_rows") if _is_packed(w) and w.arithmetic == "int8" else w,
+        params,
+        is_leaf=_is_packed,
+    )
 
 
 def _is_packed(node: Any) -> bool:
