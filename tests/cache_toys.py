@@ -48,7 +48,7 @@ def taken(way: str, cache: KVCache, halves: bool, rows: np.ndarray, new: tuple) 
     """The rotated queries and the cache with the new tokens in it, by the kernel or as XLA has it."""
     # XLA would leave out the rounding to the type of the activations where it can.
     options = {"xla_allow_excess_precision": False}
-    take = jax.jit(lambda *arrays: WAYS[way](LAYER, halves, *arrays), compiler_options=options)
+    take = jax.jit(lambda *arrays: WAYS[way]((LAYER, halves), *arrays), compiler_options=options)
     return take(cache, jnp.asarray(rows), *new)
 
 

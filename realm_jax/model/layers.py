@@ -6,11 +6,12 @@ Shape suffixes: `B` rows, `T` new tokens, `S` cache length, `D` width, `F` ffn w
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from realm_jax.kernels import triton_cache
+from realm_jax.kernels import triton_cache, triton_norm
 from realm_jax.kernels.attention import attention
 from realm_jax.kernels.delta import Deltas, add_deltas, add_embedding_deltas
 from realm_jax.kernels.matmul import matmul
@@ -22,6 +23,20 @@ from realm_jax.quant.tensor import QuantizedTensor
 
 Rotation = tuple[jax.Array, jax.Array]  # cosine and sine, (B, T, C / 2)
 Observe = Callable[[str, jax.Array], None]  # told, while tracing, a weight's field and its input (B, T, K)
+
+
+def by_kernel(kernel: Callable, reference: Callable) -> Callable:
+    """`kernel(static, *arrays)`, whose derivatives are those of the reference, and for which a vmap is a loop."""
+
+    def run(static: Any, *arrays: Any) -> Any:
+        return jax.custom_batching.sequential_vmap(functools.partial(kernel, static))(*arrays)
+
+    def backward(static: Any, arrays: tuple, changes: Any) -> tuple:
+        return jax.vjp(functools.partial(reference, static), *arrays)[1](changes)
+
+    run = jax.custom_vjp(run, nondiff_argnums=(0,))
+    run.defvjp(lambda static, *arrays: (run(static, *arrays), arrays), backward)
+    return run
 
 
 def embed(w_VD: Weight, tokens_BT: jax.Array, deltas: Deltas = None) -> jax.Array:
@@ -61,6 +76,25 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return (x32 * scale * weight.astype(jnp.float32)).astype(x.dtype)
 
 
+def add_norm(x: jax.Array, more: jax.Array | None, weight: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    """x + more (x, where it is None), and the norm of that; in one launch where `kernels.triton_norm` can serve."""
+    one = _add_norm_in_one_launch if triton_norm.refuses(x) is None else _add_norm
+    return one(eps, x, more, weight)
+
+
+def _add_norm(eps: float, x: jax.Array, more: jax.Array | None, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`add_norm` as XLA has it. It says what is right."""
+    x = x if more is None else x + more
+    return x, rms_norm(x, weight, eps)
+
+
+def _add_norm_by_kernel(eps: float, x: jax.Array, more: jax.Array | None, weight: jax.Array) -> tuple:
+    return triton_norm.add_norm(x, more, weight, eps=eps)
+
+
+_add_norm_in_one_launch = by_kernel(_add_norm_by_kernel, _add_norm)
+
+
 def project_qkv(
     w: Attention,
     config: Config,
@@ -68,10 +102,9 @@ def project_qkv(
     deltas: Attention | None = None,
     observe: Observe | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Input, to be normed -> queries (B, T, H, C), keys and values (B, T, K, C), none of them rotated."""
+    """Normed input -> queries (B, T, H, C), keys and values (B, T, K, C), none of them rotated."""
     B, T, _ = x_BTD.shape
     C = config.head_width
-    x_BTD = rms_norm(x_BTD, w.norm, config.norm_eps)
     q_BTHC = project(x_BTD, w, "q", deltas, observe).reshape(B, T, config.heads, C)
     k_BTKC = project(x_BTD, w, "k", deltas, observe).reshape(B, T, config.kv_heads, C)
     v_BTKC = project(x_BTD, w, "v", deltas, observe).reshape(B, T, config.kv_heads, C)
@@ -94,33 +127,25 @@ def rotate_into(
     In one launch where `kernels.triton_cache` can serve.
     """
     one = _in_one_launch if triton_cache.refuses(q_BTHC, cache.k) is None else _rotate_and_write
-    return one(layer, halves, cache, row_B, place_BT, q_BTHC, k_BTKC, v_BTKC, rotation)
+    return one((layer, halves), cache, row_B, place_BT, q_BTHC, k_BTKC, v_BTKC, rotation)
 
 
-def _rotate_and_write(layer, halves, cache, row_B, place_BT, q_BTHC, k_BTKC, v_BTKC, rotation) -> tuple:
+def _rotate_and_write(static: tuple, cache, row_B, place_BT, q_BTHC, k_BTKC, v_BTKC, rotation) -> tuple:
     """`rotate_into` as XLA has it. It says what is right."""
+    layer, halves = static
     q_BTHC, k_BTKC = (rotate(x, *rotation, halves) for x in (q_BTHC, k_BTKC))
     return q_BTHC, cache.write(layer, row_B, place_BT, k_BTKC, v_BTKC)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _in_one_launch(layer, halves, cache, row_B, place_BT, q_BTHC, k_BTKC, v_BTKC, rotation) -> tuple:
-    """`_rotate_and_write` by the kernel; what a vmap adds becomes a loop."""
-    write = jax.custom_batching.sequential_vmap(functools.partial(triton_cache.write, halves=halves))
+def _write_by_kernel(static: tuple, cache, row_B, place_BT, q_BTHC, k_BTKC, v_BTKC, rotation) -> tuple:
+    layer, halves = static
     arrays = triton_cache.Arrays(cache.k, cache.v, cache.broken_B, cache.k_scale, cache.v_scale)
-    q_BTHC, arrays = write(arrays, jnp.int32(layer), row_B, place_BT, q_BTHC, k_BTKC, v_BTKC, *rotation)
+    new = q_BTHC, k_BTKC, v_BTKC
+    q_BTHC, arrays = triton_cache.write(arrays, jnp.int32(layer), row_B, place_BT, *new, *rotation, halves=halves)
     return q_BTHC, cache.replace(**arrays._asdict())
 
 
-def _in_one_launch_forward(layer: int, halves: bool, *arrays) -> tuple[tuple, tuple]:
-    return _in_one_launch(layer, halves, *arrays), arrays
-
-
-def _in_one_launch_backward(layer: int, halves: bool, arrays: tuple, changes: tuple) -> tuple:
-    return jax.vjp(functools.partial(_rotate_and_write, layer, halves), *arrays)[1](changes)
-
-
-_in_one_launch.defvjp(_in_one_launch_forward, _in_one_launch_backward)
+_in_one_launch = by_kernel(_write_by_kernel, _rotate_and_write)
 
 
 def attend(
@@ -152,12 +177,10 @@ def attend(
 
 def feed_forward(
     w: FeedForward,
-    config: Config,
     x_BTD: jax.Array,
     deltas: FeedForward | None = None,
     observe: Observe | None = None,
 ) -> jax.Array:
-    """Gated feed-forward network with SiLU (Shazeer 2020), (B, T, D)."""
-    x_BTD = rms_norm(x_BTD, w.norm, config.norm_eps)
+    """Normed input -> gated feed-forward network with SiLU (Shazeer 2020), (B, T, D)."""
     gate_BTF = jax.nn.silu(project(x_BTD, w, "gate", deltas, observe))
     return project(gate_BTF * project(x_BTD, w, "up", deltas, observe), w, "down", deltas, observe)

@@ -72,6 +72,7 @@ def run(
     def block(
         i: int,
         x_BTD: jax.Array,
+        more_BTD: jax.Array | None,
         layer: Layer,
         change: Layer,
         cache: KVCache | None,
@@ -79,8 +80,10 @@ def run(
         place_BT: jax.Array,
         first_BT: jax.Array | None,
     ) -> tuple:
+        """The sum of x and `more` through a layer; again as two, which the next norm adds up."""
         in_attn, in_ffn = (_observe_within(observe, "layers", i, part) for part in ("attn", "ffn"))
-        q_BTHC, k_BTKC, v_BTKC = layers.project_qkv(layer.attn, config, x_BTD, change.attn, in_attn)
+        x_BTD, normed_BTD = layers.add_norm(x_BTD, more_BTD, layer.attn.norm, config.norm_eps)
+        q_BTHC, k_BTKC, v_BTKC = layers.project_qkv(layer.attn, config, normed_BTD, change.attn, in_attn)
         halves = config.rope.halves
         if cache is None:
             q_BTHC, k_BTKC = (rotate(x, *rotation, halves) for x in (q_BTHC, k_BTKC))
@@ -89,15 +92,20 @@ def run(
             new = q_BTHC, k_BTKC, v_BTKC
             q_BTHC, cache = layers.rotate_into(cache, i, row_B, write_BT, *new, rotation, halves)
             kv = cache.read(i, rows_B)
-        x_BTD = x_BTD + layers.attend(layer.attn, config, q_BTHC, kv, place_BT, first_BT, change.attn, in_attn)
-        return x_BTD + layers.feed_forward(layer.ffn, config, x_BTD, change.ffn, in_ffn), cache
+        more_BTD = layers.attend(layer.attn, config, q_BTHC, kv, place_BT, first_BT, change.attn, in_attn)
+        x_BTD, normed_BTD = layers.add_norm(x_BTD, more_BTD, layer.ffn.norm, config.norm_eps)
+        return x_BTD, layers.feed_forward(layer.ffn, normed_BTD, change.ffn, in_ffn), cache
 
     x_BTD = layers.embed(params.embedding, tokens_BT, None if deltas is None else deltas.embedding).astype(dtype)
+    more_BTD = None
     for i, layer in enumerate(params.layers):
         change = Layer(None, None) if deltas is None else deltas.layers[i]
         one = functools.partial(block, i)
         one = rematerialize(one) if remat else one
-        x_BTD, cache = one(x_BTD, layer, change, cache, rotation, place_BT, first_BT)
+        x_BTD, more_BTD, cache = one(x_BTD, more_BTD, layer, change, cache, rotation, place_BT, first_BT)
+        if remat:  # one array is kept, not two
+            x_BTD, more_BTD = x_BTD + more_BTD, None
+    x_BTD = x_BTD if more_BTD is None else x_BTD + more_BTD
     if cache is not None:
         x_BTD = jnp.where((place_BT >= own(cache.broken_B)[:, None])[..., None], jnp.nan, x_BTD)
         cache = cache.replace(length_B=cache.length_B.at[row_B].add(count_B, mode="drop"))
@@ -117,7 +125,7 @@ def unembed(
     deltas, observe: as in `run`. Where the embedding serves as output matrix, its path is what `observe` is told; the
     deltas of the output are `deltas.output` all the same, and those of the embedding change its lookup alone.
     """
-    x = layers.rms_norm(hidden, params.norm, config.norm_eps)
+    _, x = layers.add_norm(hidden, None, params.norm, config.norm_eps)
     name = "embedding" if params.output is None else "output"
     if observe is not None:
         observe((name,), x)

@@ -12,6 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from realm_jax.errors import RealmError
 from realm_jax.quant.formats import DENSE_FORMATS, get_format, row_bytes
@@ -66,7 +67,7 @@ class QuantizedTensor:
         if self.ndim != 2:
             raise RealmError(f"take wants a tensor (N, K), not {self.shape}; use jax.vmap over leading axes")
         ids = jnp.asarray(ids)
-        rows = {name: jnp.take(plane, ids, axis=0, mode="clip") for name, plane in self.planes.items()}
+        rows = {name: _in_order(jnp.take(plane, ids, axis=0, mode="clip")) for name, plane in self.planes.items()}
         return _dequantize(rows, self.format)
 
     @property
@@ -95,6 +96,11 @@ class QuantizedTensor:
         size = f"{self.nbytes / 1e6:.1f} MB" if self.nbytes >= 1e6 else f"{self.nbytes / 1e3:.1f} kB"
         arithmetic = "" if self.arithmetic == "float" else f", {self.arithmetic}"
         return f"QuantizedTensor({self.format}, {self.shape}, {size}{arithmetic})"
+
+
+def _in_order(x: jax.Array) -> jax.Array:
+    """x, kept from being laid out otherwise: XLA would lay out the whole plane like the one row taken from it."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 @functools.partial(jax.jit, static_argnames="format")
