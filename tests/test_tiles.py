@@ -1,8 +1,10 @@
 """Tile sizes as data: which entry serves, what a broken file says, and in small the experiment that writes the file."""
 
+import inspect
 import json
 from pathlib import Path
 
+import jax
 import pytest
 from click.testing import CliRunner
 
@@ -78,9 +80,9 @@ def test_an_own_file_stands_before_the_packaged_one_entry_by_entry(own_file, mon
     assert tiles.find("Q8_0", 64, 64) == Tiles(**MANY)
 
 
-def test_in_the_interpreter_and_on_a_cpu_the_device_does_not_matter(monkeypatch):
-    assert tiles.device_kind() == "cpu"
-    monkeypatch.setattr(tiles.jax, "devices", lambda: pytest.fail("the interpreter asks for no device"))
+def test_in_the_interpreter_the_device_does_not_matter(monkeypatch):
+    assert tiles.device_kind() == jax.devices()[0].device_kind
+    monkeypatch.setattr(jax, "devices", lambda: pytest.fail("the interpreter asks for no device"))
     with pallas.interpreted():
         assert tiles.device_kind() == tiles.DEFAULT
 
@@ -149,7 +151,8 @@ def test_bad_settings_are_refused_in_one_line(override, says):
         load_config(tune_kernels.TuneKernelsConfig, CONFIG, [override])
 
 
-def test_without_a_gpu_it_says_so(tmp_path):
+def test_without_a_gpu_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(pallas, "available", lambda: False)
     done = CliRunner().invoke(tune_kernels.command, ["--runs", str(tmp_path)])
     assert done.exit_code == 1 and "error: tune_kernels: the kernel needs an NVIDIA GPU" in done.output
 
@@ -163,6 +166,19 @@ def run(folder: Path, *overrides: str, resume: bool = False) -> str:
         done = CliRunner().invoke(tune_kernels.command, arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.output
+
+
+@pytest.mark.skipif(
+    "tiles" not in inspect.signature(tune_kernels.triton_matmul.matmul).parameters,
+    reason="the kernel takes no tile sizes yet",
+)
+def test_it_runs_in_small(tmp_path):
+    small = ['formats=["Q8_0"]', "shapes=[[16, 64]]", "warps=[1]", "stages=[2]", "rows=[1]", "weights=[1.0]"]
+    run(tmp_path, *small, "finalists=1", "many_rows=[16]", "gigabytes=0.0", "rounds=2", "repeats=1")
+    (found,) = tiles.read(tmp_path / "run" / "tiles.json")[jax.devices()[0].device_kind]["Q8_0"].items()
+    assert found == (SMALL, Tiles(1, 2, 16))
+    text = (tmp_path / "run" / "results.md").read_text(encoding="utf-8")
+    assert text.count("| Q8_0 | 16 | 64 |") == 3  # the choice, the candidate, the comparison
 
 
 @pytest.fixture
@@ -188,7 +204,10 @@ def clock(monkeypatch):
 
 def test_the_least_weighted_time_is_taken_and_merged_into_the_file(tmp_path, clock):
     out = tmp_path / "own.json"
-    out.write_text(tiles.to_text({"cpu": {"Q4_0": {SMALL: Tiles(**MANY), LARGE: Tiles(**MANY)}}}), encoding="utf-8")
+    out.write_text(
+        tiles.to_text({jax.devices()[0].device_kind: {"Q4_0": {SMALL: Tiles(**MANY), LARGE: Tiles(**MANY)}}}),
+        encoding="utf-8",
+    )
     settings = [
         'formats=["Q4_0", "Q8_0"]', "shapes=[[16, 64]]", "warps=[2, 4]", "stages=[2, 3]", "rows=[1, 8]",
         "weights=[0.5, 0.5]", "finalists=2", "gigabytes=0.0", f"out={out}",
@@ -196,7 +215,9 @@ def test_the_least_weighted_time_is_taken_and_merged_into_the_file(tmp_path, clo
     run(tmp_path, *settings)
     # 4 warps are quicker at one row by 3%, half as quick at eight; at 128 rows dense is quicker, whatever 256 says.
     best = Tiles(2, 3, 64)
-    assert tiles.read(out) == {"cpu": {"Q4_0": {SMALL: best, LARGE: Tiles(**MANY)}, "Q8_0": {SMALL: best}}}
+    assert tiles.read(out) == {
+        jax.devices()[0].device_kind: {"Q4_0": {SMALL: best, LARGE: Tiles(**MANY)}, "Q8_0": {SMALL: best}}
+    }
     text = (tmp_path / "run" / "results.md").read_text(encoding="utf-8")
     assert "| Q8_0 | 16 | 64 | 2 | 3 | 64 |\n" in text and "| Q8_0 | 16 | 64 | 128 | 50.0 | 31.0 |\n" in text
     assert text.count("| x |") == 2 and "| Q8_0 | 16 | 64 | 4 | 3 |" not in text  # what does not run has no time
@@ -212,7 +233,7 @@ def test_the_least_weighted_time_is_taken_and_merged_into_the_file(tmp_path, clo
 
 def test_what_a_device_cannot_run_is_left_out(monkeypatch, capsys):
     def too_much(*_):
-        raise tune_kernels.jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: shared memory\nand more")
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: shared memory\nand more")
 
     def compiled(product, x, weights, rounds):  # "run" is what compiles and does not run
         program = too_much if product == "run" else lambda x, weights: x
