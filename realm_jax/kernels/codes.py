@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 
 from realm_jax.kernels import fragments, pallas
+from realm_jax.kernels.ring import Place, Slots, can_copy
 from realm_jax.quant.codebooks import codebook
 from realm_jax.quant.formats import FORMATS
 from realm_jax.quant.layout import Format
@@ -38,8 +39,9 @@ class Codes(NamedTuple):
 
 class Lane(NamedTuple):
     """Where a thread reads: planes of a matrix, its row (P, 4), the group of four units (P, 4) that it is at, which of
-    the four each item is, t (P, 4), and how many units a row has. grid: the table that the format needs. record: takes
-    in what is read. loaded: gives it again, in the same order, in place of reading: see `ahead`.
+    the four each item is, t (P, 4), and how many units a row has. grid: the table that the format needs. places: takes
+    in where it would read, with arrays (P,) for the first of four items, in place of reading. taken: gives what was
+    read there, in the same order (None: not yet).
     """
 
     planes: dict[str, jax.Array]
@@ -49,8 +51,8 @@ class Lane(NamedTuple):
     t: jax.Array
     units: int
     grid: jax.Array | None = None
-    record: list[jax.Array] | None = None
-    loaded: Iterator[jax.Array] | None = None
+    places: list[Place | None] | None = None
+    taken: Iterator[jax.Array | None] | None = None
 
     @property
     def unit(self) -> jax.Array:
@@ -63,29 +65,38 @@ class Lane(NamedTuple):
             return self.unit
         return self.group // (ratio // 4) if ratio % 4 == 0 else self.unit // ratio
 
-    def read(self, name: str, word: jax.Array | int | None = None) -> jax.Array:
-        """The items of a plane for these units: of one word of them, where a chunk has several."""
-        if self.loaded is not None:
-            return next(self.loaded)
-        items = self._read(name, word)
-        if self.record is not None:
-            self.record.append(items)
-        return items
-
-    def _read(self, name: str, word: jax.Array | int | None) -> jax.Array:
+    def read(self, name: str, word: jax.Array | int | None = None, apart: bool = False) -> jax.Array:
+        """The items of a plane for these units: of one word of them, where a chunk has several. apart: the items want
+        different words."""
+        if self.taken is not None and (items := next(self.taken)) is not None:
+            return items
         plane = self.planes[name]
+        at, span = self._place(plane, word)
+        if self.places is not None:
+            simple = not apart and self.units % 4 == 0 and can_copy(plane.dtype, span)
+            self.places.append(Place(plane, at, span, self._slots(word)) if simple else None)
+            return jnp.zeros(self.row.shape, plane.dtype)
+        return pallas.load(plane.at[at])
+
+    def _place(self, plane: jax.Array, word: jax.Array | int | None) -> tuple[tuple[jax.Array, ...], int]:
+        """Indices of the items, and how many different ones four in a row are."""
         if word is None:
-            return self._load(plane, self.chunk(self.units // plane.shape[-1]))
+            ratio = self.units // plane.shape[-1]
+            return (self.row, self.chunk(ratio)), max(1, 4 // ratio)
         groups, _, n = plane.shape[1:]
         ratio = self.units // (groups * n)
         word = jnp.broadcast_to(jnp.int32(word), self.row.shape)
         if ratio == 1 and n == 4:
-            return self._load(plane, self.group, word, self.item)
+            return (self.row, self.group, word, self.item), 4
         chunk = self.chunk(ratio)
-        return self._load(plane, chunk // n, word, chunk % n)
+        return (self.row, chunk // n, word, chunk % n), max(1, 4 // ratio)
 
-    def _load(self, plane: jax.Array, *at: jax.Array) -> jax.Array:
-        return pallas.load(plane.at[self.row, *at])
+    def _slots(self, word: jax.Array | int | None) -> Slots:
+        """Four lanes read the same, unless the word that they read is their own."""
+        thread = lax.broadcasted_iota(jnp.int32, self.row.shape, 0)
+        if isinstance(word, jax.Array):
+            return Slots(32, thread)
+        return Slots(8, thread // 4, copies=self.t == 0)
 
     def place(self, count: int) -> jax.Array:
         """The place of each unit in its block of `count`, uint32."""
@@ -93,7 +104,7 @@ class Lane(NamedTuple):
 
     def entry(self, index: jax.Array) -> jax.Array:
         """Four bytes of the grid for entries (P, 4): of entries of eight, the half that is this lane's."""
-        if self.record is not None:  # what was looked up is not wanted yet
+        if self.places is not None:  # what was looked up is not wanted yet
             return index
         index = index.astype(jnp.int32)
         wide = self.grid.shape[0] > 1
@@ -116,18 +127,27 @@ class Reader(NamedTuple):
         return width // self.unit
 
 
-def ahead(reader: Reader, lane: Lane) -> tuple[jax.Array, ...]:
-    """What the reader reads there, before it is decoded: to be on its way while something else is."""
-    record: list[jax.Array] = []
-    reader.read(lane._replace(record=record))
-    return tuple(record)
+def places(reader: Reader, lane: Lane) -> list[Place | None]:
+    """Where the reader reads, in its order, for a lane of arrays (P,); None for what cannot be copied ahead of time."""
+    found: list[Place | None] = []
+    reader.read(lane._replace(places=found))
+    return found
 
 
 def byte(word: jax.Array, which: jax.Array | int, signed: bool = False) -> jax.Array:
     """A byte of each uint32 as float32; through the bits of 2^23 + byte, quicker than a conversion."""
     word = word ^ SIGNS if signed else word
-    bits = word >> (jnp.asarray(which).astype(jnp.uint32) * np.uint32(8)) & np.uint32(0xFF)
-    return small(bits) - (128 if signed else 0)
+    if isinstance(which, int):
+        return fragments.byte_after_two_to_23(word, which) - np.float32((1 << 23) + (128 if signed else 0))
+    return small(word >> (which.astype(jnp.uint32) * np.uint32(8)) & np.uint32(0xFF)) - (128 if signed else 0)
+
+
+def times_bytes(factor: jax.Array, words: list[jax.Array], which: range) -> list[jax.Array]:
+    """factor * byte, float32, for some of the bytes of these words; factor has no more than 15 bits."""
+    if pallas.interpreting():
+        return [factor * byte(words[i // 4], i % 4) for i in which]
+    less = factor * np.float32(-(1 << 23))  # exact, and so is what the product is before it is rounded
+    return [fragments.fma(fragments.byte_after_two_to_23(words[i // 4], i % 4), factor, less) for i in which]
 
 
 def small(integers: jax.Array) -> jax.Array:
@@ -211,11 +231,7 @@ def read_q2_k(lane: Lane) -> Codes:
     d, dmin = halves(lane)
     words = eight_scale_bytes(lane)
     scales, mins = [low(word) for word in words], [high(word) for word in words]
-    return Codes(
-        two_bits(lane),
-        [d * byte(scales[i // 4], i % 4) for i in range(8)],
-        [-dmin * byte(mins[i // 4], i % 4) for i in range(8)],
-    )
+    return Codes(two_bits(lane), times_bytes(d, scales, range(8)), times_bytes(-dmin, mins, range(8)))
 
 
 def read_q3_k(lane: Lane) -> Codes:
@@ -229,8 +245,8 @@ def read_q3_k(lane: Lane) -> Codes:
 
 def scales_and_mins(lane: Lane) -> tuple[list[jax.Array], list[jax.Array]]:
     d, dmin = halves(lane)
-    both = lane.read("scales")
-    return [d * byte(both, i) for i in range(2)], [-dmin * byte(both, i) for i in (2, 3)]
+    both = [lane.read("scales")]
+    return times_bytes(d, both, range(2)), times_bytes(-dmin, both, range(2, 4))
 
 
 def nibbles_of_64(lane: Lane) -> list[jax.Array]:
@@ -239,7 +255,10 @@ def nibbles_of_64(lane: Lane) -> list[jax.Array]:
 
 
 def read_q4_k(lane: Lane) -> Codes:
-    return Codes(nibbles_of_64(lane), *scales_and_mins(lane))
+    words = [lane.read("qs", lane.t + 4 * k) for k in range(2)]
+    (first, second), offsets = scales_and_mins(lane)
+    # High nibbles stay where they are, as sixteen times what they say.
+    return Codes([w & m for m in (NIBBLES, ~NIBBLES) for w in words], [first, second * np.float32(1 / 16)], offsets)
 
 
 def read_q5_k(lane: Lane) -> Codes:
@@ -406,7 +425,7 @@ def shifted(lane: Lane, index: jax.Array, down: jax.Array) -> jax.Array:
 
 def read_iq1_s(lane: Lane) -> Codes:
     place, index = lane.place(8), lane.read("qs")
-    more = field(lane.read("qh", (place // 2).astype(jnp.int32)), place % 2, 16)
+    more = field(lane.read("qh", (place // 2).astype(jnp.int32), apart=True), place % 2, 16)
     full = [field(index, i, 8) | field(more, i, 3) << np.uint32(8) for i in entries(lane)]
     codes = [shifted(lane, index, more >> np.uint32(15)) for index in full]
     return Codes(codes, [odd(lane, more >> np.uint32(12) & np.uint32(7), 1 / 8)])
@@ -414,7 +433,7 @@ def read_iq1_s(lane: Lane) -> Codes:
 
 def read_iq1_m(lane: Lane) -> Codes:
     place, index = lane.place(8), lane.read("qs")
-    more = lane.read("qh", (place // 2).astype(jnp.int32))
+    more = lane.read("qh", (place // 2).astype(jnp.int32), apart=True)
     codes = []
     for i in entries(lane):
         nibble = field(more, place % 2 * 4 + i, 4)

@@ -7,6 +7,8 @@ thread loads at once; `tests/gpu` holds it. A lane is 4 g + t, g = 0..7 and t = 
 "Matrix fragments for mma.m16n8k16".
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from jax import lax
 from jax.experimental.pallas import triton as plt
 
 from realm_jax.kernels import pallas
+from realm_jax.kernels.assembly import assembly
 
 Fragment = jax.Array
 
@@ -35,21 +38,36 @@ def mma(
     return _asm(text, ["=f"] * 4 + ["f"] * 4 + ["r"] * 20, jnp.float32, sums, *a, b)
 
 
-def by_row(low: Fragment, high: Fragment, unit: int) -> Fragment:
-    """Numbers of row g and of row g + 8, float32, as they meet `mma`'s sums: item `unit` of each, twice."""
-    return _arranged(low, high, unit, (0, 0, 1, 1))
+def zeros(anchor: Fragment) -> Fragment:
+    """Zeros, float32, that stand as Triton puts what is loaded from memory, four items a thread, and with them all
+    that is computed from them. anchor: anything that is loaded so, 32 bits wide; it is not looked at."""
+    if pallas.interpreting():
+        return jnp.zeros(anchor.shape, jnp.float32)
+    text = " ".join(f"mov.b32 ${i}, 0;" for i in range(4))
+    return _asm(text, ["=f"] * 4 + ["r"] * 4, jnp.float32, anchor)
+
+
+def add_scaled(sums: Fragment, low: Fragment, high: Fragment, total: Fragment, unit: int, one: bool) -> Fragment:
+    """total + sums times a number of each row: item `unit` of `low` for row g, of `high` for row g + 8; rounded once.
+
+    one: only column 0 counts; the others come out as anything.
+    """
+    if pallas.interpreting():
+        return sums * jnp.stack([low[:, unit], low[:, unit], high[:, unit], high[:, unit]], 1) + total
+    counted = (0, 2) if one else range(4)
+    text = " ".join(
+        f"fma.rn.f32 ${i}, ${4 + i}, ${(8, 12)[i // 2] + unit}, ${16 + i};" if i in counted else f"mov.b32 ${i}, 0;"
+        for i in range(4)
+    )
+    return _asm(text, ["=&f"] * 4 + ["f"] * 16, jnp.float32, sums, low, high, total)
 
 
 def by_column(even: Fragment, odd: Fragment, unit: int) -> Fragment:
     """Numbers of column 2 t and of column 2 t + 1, as they meet `mma`'s sums: item `unit` of each, for either row."""
-    return _arranged(even, odd, unit, (0, 1, 0, 1))
-
-
-def _arranged(first: Fragment, second: Fragment, unit: int, order: tuple[int, ...]) -> Fragment:
     if pallas.interpreting():
-        return jnp.stack([(first, second)[which][:, unit] for which in order], 1)
-    moves = [f"mov.b32 ${i}, ${4 + 4 * which + unit};" for i, which in enumerate(order)]
-    return _asm(" ".join(moves), ["=f"] * 4 + ["f"] * 8, jnp.float32, first, second)
+        return jnp.stack([even[:, unit], odd[:, unit], even[:, unit], odd[:, unit]], 1)
+    moves = [f"mov.b32 ${i}, ${(4, 8)[i % 2] + unit};" for i in range(4)]
+    return _asm(" ".join(moves), ["=&f"] * 4 + ["f"] * 8, jnp.float32, even, odd)
 
 
 def fma(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
@@ -68,6 +86,35 @@ def subtract_halves(pairs: jax.Array, number: int) -> jax.Array:
         return lax.bitcast_convert_type(halves, jnp.int32)
     text = f"{{ .reg .b32 z; mov.b32 z, {number | number << 16}; sub.rn.f16x2 $0, $1, z; }}"
     return _asm(text, ["=r", "r"], jnp.int32, pairs, pack=1)
+
+
+def byte_after_two_to_23(word: jax.Array, which: int) -> jax.Array:
+    """2^23 + a byte of each uint32, float32."""
+    if pallas.interpreting():
+        bits = word >> np.uint32(8 * which) & np.uint32(0xFF) | np.uint32(0x4B000000)
+        return lax.bitcast_convert_type(bits, jnp.float32)
+    text = f"prmt.b32 $0, $1, 0x4B000000, {0x7440 | which};"
+    return _asm(text, ["=f", "r"], jnp.float32, word.astype(jnp.int32), pack=1)
+
+
+def sum_over_warps(sums: Fragment, warps: int) -> Fragment:
+    """The sum of what the warps have in each of their lanes, one after the other: the first warp has it; in the
+    interpreter there is nobody else, (32, 4)."""
+    if warps == 1:
+        return sums
+    if pallas.interpreting():
+        return functools.reduce(jnp.add, sums.reshape(warps, 32, 4))
+    thread = lax.broadcasted_iota(jnp.int32, sums.shape, 0)
+    text = f"""{{ .shared .align 16 .b8 sums[{512 * warps}]; .reg .b32 to; .reg .f32 a, b, c, d; .reg .pred p;
+        mov.u32 to, sums; add.u32 to, to, $4; setp.ne.b32 p, $8, 0;
+        st.shared.v4.f32 [to], {{$12, $13, $14, $15}}; bar.sync 0;
+        mov.f32 $0, $12; mov.f32 $1, $13; mov.f32 $2, $14; mov.f32 $3, $15; """
+    for warp in range(1, warps):
+        text += f"@p ld.shared.v4.f32 {{a, b, c, d}}, [to + {512 * warp}]; "
+        text += "".join(f"@p add.rn.f32 ${i}, ${i}, {'abcd'[i]}; " for i in range(4))
+    operands = 16 * thread, (thread < 32).astype(jnp.int32), sums
+    shape = pallas.Shape(sums.shape, jnp.float32)
+    return assembly(text + "}", ["=&f"] * 4 + ["r"] * 8 + ["f"] * 4, shape, *operands, pack=4, pure=False)
 
 
 def look_up(table: np.ndarray, nibbles: jax.Array, high: bool) -> jax.Array:

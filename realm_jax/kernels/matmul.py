@@ -82,7 +82,9 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference_int8": Implementation(
         _int8(lambda x_shape, w: None), _few_rows(reference.matmul_int8, int8=True), _transposed
     ),
-    "triton": Implementation(triton_matmul.refuses, _few_rows(triton_matmul.matmul, int8=False), _transposed),
+    "triton": Implementation(
+        triton_matmul.refuses, _few_rows(lambda x, w: triton_matmul.matmul(x, w), int8=False), _transposed
+    ),
     "dense": Implementation(dense.refuses, dense.matmul, dense.matmul_transposed),
     "reference": Implementation(lambda x_shape, w: None, reference.matmul, reference.matmul_transposed),
 }

@@ -40,7 +40,7 @@ class Tiles(NamedTuple):
 ALLOWED = {
     "warps": ((1, 2, 4, 8, 16), "1, 2, 4, 8 or 16"),
     "stages": (range(2, 7), "2 to 6"),
-    "most_rows": (range(16, 257), "16 to 256"),
+    "most_rows": (range(64, 257), "64 to 256"),
 }
 Table = dict[str, dict[str, dict[str, Tiles]]]  # device kind -> format -> class of shape
 

@@ -14,6 +14,7 @@ Shape key: `M` rows of x, `N` output features, `K` input features, `P` threads o
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,19 +23,22 @@ from jax import lax
 
 from realm_jax.kernels import codes, fragments, pallas
 from realm_jax.kernels.codes import Lane
+from realm_jax.kernels.operand import LOW, Form, pieces_of, prepare
+from realm_jax.kernels.ring import Place, Ring, Slots, Token, read_now
+from realm_jax.kernels.tiles import Tiles, find
 from realm_jax.quant.tensor import QuantizedTensor
 
 MOST_ROWS = 64
 MOST_TILES = 4  # column tiles of a program; more would not fit its registers
 ROWS = 16  # of w, of a program
-LOW = 2.0**-11  # what the second piece of a number is scaled by
 
 
 class Plan(NamedTuple):
     """The static shape of a launch.
 
     rows, width, outputs: M, K, N. pieces: columns that a row of x takes. warps: of a program; they take turns along a
-    row, `steps` times a group of four units each. tiles: of eight columns.
+    row, `steps` times a group of four units each. tiles: of eight columns. stages: steps that a warp reads ahead, with
+    the one it is at; fewer, if they do not fit.
     """
 
     rows: int
@@ -44,18 +48,13 @@ class Plan(NamedTuple):
     warps: int
     steps: int
     tiles: int
+    stages: int
 
-    @property
-    def rows_of_tile(self) -> int:
-        return 8 // self.pieces
-
-
-class XOfTile(NamedTuple):
-    """What a step reads of a column tile: pieces of each block of four units, sums of each sub-block of a unit, of
-    columns 2 t and 2 t + 1. Arrays (P, 4), or functions that load them."""
-
-    pieces: list
-    sums: list
+    def form(self, reader: codes.Reader) -> Form:
+        """What is wanted of x; the same for most formats, and then prepared once."""
+        blocks = self.steps * self.warps * 4 * reader.unit // 32
+        unit, sub_block = (reader.unit, reader.sub_block) if reader.offsets else (64, 32)
+        return Form(self.pieces, self.tiles, blocks, unit, sub_block)
 
 
 def refuses(x_shape: tuple[int, ...], w: QuantizedTensor) -> str | None:
@@ -65,29 +64,35 @@ def refuses(x_shape: tuple[int, ...], w: QuantizedTensor) -> str | None:
     if w.format not in codes.READERS:
         return "it cannot read this format"
     rows = math.prod(x_shape[:-1])
-    if not 1 <= rows <= MOST_ROWS or 0 in w.shape:
-        return f"it takes 1 to {MOST_ROWS} rows, not {rows}"
+    most = find(w.format, *w.shape).most_rows
+    if not 1 <= rows <= most or 0 in w.shape:
+        return f"it takes 1 to {most} rows, not {rows}"
     return None
 
 
-def plan(rows: int, dtype: jnp.dtype, w: QuantizedTensor) -> Plan:
+def plan(rows: int, dtype: jnp.dtype, w: QuantizedTensor, tiles: Tiles | None = None) -> Plan:
     """How a product is cut: warps share the groups of a row among them, each `steps` of them."""
     outputs, width = w.shape
-    groups = -(-codes.READERS[w.format].units(width) // 4)
-    warps = min(8 if outputs <= 8192 else 4, 1 << groups.bit_length() - 1)
-    pieces = 2 if jnp.dtype(dtype).itemsize == 4 else 1
-    return Plan(rows, width, outputs, pieces, warps, -(-groups // warps), -(-rows * pieces // 8))
+    reader = codes.READERS[w.format]
+    tiles = tiles or find(w.format, outputs, width)
+    groups = -(-reader.units(width) // 4)
+    # Two steps of more warps, where a step reads so much, would not fit in shared memory.
+    warps = min(tiles.warps, 2 if reader.unit > 64 else 16, 1 << groups.bit_length() - 1)
+    pieces = pieces_of(dtype)
+    steps = -(-groups // warps)
+    return Plan(rows, width, outputs, pieces, warps, steps, -(-rows * pieces // 8), min(tiles.stages, steps))
 
 
-def matmul(x: jax.Array, w: QuantizedTensor) -> jax.Array:
-    """x (..., K) @ w.T for packed weights (N, K), in the dtype of x; up to MOST_ROWS rows of x.
+def matmul(x: jax.Array, w: QuantizedTensor, tiles: Tiles | None = None) -> jax.Array:
+    """x (..., K) @ w.T for packed weights (N, K), in the dtype of x; for few rows of x. tiles: None, what was found
+    best for such weights on this device.
 
     Of float32 x 22 bits of every number count (fewer of one that is 2^29 times smaller than the largest of its row);
     16-bit x is exact. A row of x that is not finite gives NaN.
     """
-    own = plan(math.prod(x.shape[:-1]), x.dtype, w)
+    own = plan(math.prod(x.shape[:-1]), x.dtype, w, tiles)
     reader = codes.READERS[w.format]
-    prepared = _prepare(x.reshape(own.rows, own.width), own, w.format)
+    prepared = prepare(x.reshape(own.rows, own.width), own.form(reader))
     planes = {name: w.planes[name] for name in codes.fields(w.format)}
     operands = [*prepared, *planes.values(), *([] if reader.grid is None else [jnp.asarray(reader.grid())])]
     tiles = -(-own.tiles // MOST_TILES)
@@ -103,103 +108,22 @@ def matmul(x: jax.Array, w: QuantizedTensor) -> jax.Array:
     return y.reshape(*x.shape[:-1], own.outputs)
 
 
-def _prepare(x_MK: jax.Array, own: Plan, format: str) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x as the kernel reads it: one launch, a program a row (and one for each row that fills up the last tile).
-
-    pieces (tiles, blocks, 32, 4) int32: for each 32 inputs what a lane wants, as float16 pairs. sums (tiles, 8,
-    sub-blocks of a unit, units) float32: of the inputs of a sub-block, times 2^-24. back (rows,) float32: what undoes
-    the scaling of a row.
-    """
-    reader = codes.READERS[format]
-    blocks = own.steps * own.warps * 4 * reader.unit // 32
-    shapes = (
-        pallas.Shape((own.tiles, blocks, 32, 4), jnp.int32),
-        pallas.Shape((own.tiles, 8, reader.unit // reader.sub_block, own.steps * own.warps * 4), jnp.float32),
-        pallas.Shape((own.tiles * own.rows_of_tile,), jnp.float32),
-    )
-    body = functools.partial(_prepare_kernel, own=own, sub_block=reader.sub_block if reader.offsets else 0)
-    return pallas.call(
-        body, [x_MK], shapes, grid=(own.tiles * own.rows_of_tile,), num_warps=8, num_stages=1, name="prepare"
-    )
-
-
-def _prepare_kernel(x_ref, pieces_ref, sums_ref, back_ref, *, own: Plan, sub_block: int) -> None:
-    m = pallas.program_id(0)
-    tile, column = m // own.rows_of_tile, m % own.rows_of_tile * own.pieces
-    blocks = pieces_ref.shape[1]
-
-    def read(k: jax.Array) -> jax.Array:
-        row = jnp.broadcast_to(jnp.minimum(m, own.rows - 1), k.shape)
-        inside = (k < own.width) & (m < own.rows)
-        return pallas.load(x_ref.at[row, k], mask=inside, other=0.0).astype(jnp.float32)
-
-    everything = _power_of_two_iota(32 * blocks)
-    x = read(everything)
-    largest = jnp.max(jnp.abs(x))
-    exponent = lax.bitcast_convert_type(largest, jnp.int32) >> 23
-    up = _power_of_two(jnp.clip(127 + 14 + 127 - exponent, 1, 254))
-    back = _power_of_two(jnp.clip(127 - 14 - 127 + exponent, 1, 254))
-    broken = jnp.sum(x * 0)  # NaN, if any is not finite
-    pallas.store(back_ref.at[m], back + broken)
-
-    i = _power_of_two_iota(16 * blocks)
-    block, t, k, pair = i // 16, i // 4 % 4, i // 2 % 2, i % 2
-    first = 32 * block + 16 * k + 4 * t + pair  # inputs 0 and 2, and 1 and 3, of four: as bytes of a word are masked
-    for piece in range(own.pieces):
-        word = 0
-        for position in range(2):
-            bits = lax.bitcast_convert_type(_pieces(read(first + 2 * position) * up)[piece], jnp.uint16)
-            word = word | bits.astype(jnp.int32) << (16 * position)
-        lane = 4 * (column + piece) + t
-        at = jnp.broadcast_to(tile, i.shape), block, lane, 2 * k + pair
-        pallas.store(pieces_ref.at[at], word, mask=block < blocks)
-    if sub_block:
-        many = blocks * 32 // sub_block
-        shape = (_power_of_two_above(many), sub_block)
-        s, j = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-        total = jnp.sum(read(sub_block * s + j) * up, -1) * 2.0**-24
-        s = _power_of_two_iota(many)
-        for piece in range(own.pieces):
-            inner = sums_ref.shape[2]
-            at = jnp.broadcast_to(tile, s.shape), jnp.broadcast_to(column + piece, s.shape), s % inner, s // inner
-            pallas.store(sums_ref.at[at], total if piece == 0 else jnp.zeros_like(total), mask=s < many)
-
-
-def _pieces(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What float16 holds of float32 numbers, and what that leaves, 2^11 times as large."""
-    high = x.astype(jnp.float16)
-    return high, ((x - high.astype(jnp.float32)) / LOW).astype(jnp.float16)
-
-
-def _power_of_two(biased: jax.Array) -> jax.Array:
-    """2^(biased - 127), float32."""
-    return lax.bitcast_convert_type(biased << 23, jnp.float32)
-
-
-def _power_of_two_above(count: int) -> int:
-    return 1 << (count - 1).bit_length()
-
-
-def _power_of_two_iota(count: int) -> jax.Array:
-    return lax.broadcasted_iota(jnp.int32, (_power_of_two_above(count),), 0)
-
-
 def _kernel(*refs, own: Plan, format: str, names: tuple[str, ...]) -> None:
     """One program: ROWS rows of w, all of K, up to MOST_TILES tiles of eight columns."""
     pieces_ref, sums_ref, back_ref, *plane_refs, y_ref = refs
     reader = codes.READERS[format]
     planes = dict(zip(names, plane_refs, strict=False))
     grid = plane_refs[-1] if reader.grid else None
-    first_tile = pallas.program_id(1) * MOST_TILES
+    first_row, first_tile = pallas.program_id(0) * ROWS, pallas.program_id(1) * MOST_TILES
     tiles = min(own.tiles, MOST_TILES)
-    thread, item = (lax.broadcasted_iota(jnp.int32, (32 * own.warps, 4), axis) for axis in (0, 1))
-    warp, g, t, lane_id = thread // 32, thread % 32 // 4, thread % 4, thread % 32
     units = reader.units(own.width)
-    top = pallas.program_id(0) * ROWS + g
-
+    thread, item = (lax.broadcasted_iota(jnp.int32, (32 * own.warps, 4), axis) for axis in (0, 1))
+    warp, g, t, lane_id = _places(thread)
     live = min(own.rows * own.pieces, 8)  # columns of a tile that are not zero
-    early = tiles == 1 and reader.unit <= 64  # a step's reads fit in registers, a step before they are wanted
+    early = live <= 2  # what a step reads of x is little: read ahead of time, too
     blocks, subs = 4 * reader.unit // 32, reader.unit // reader.sub_block if reader.offsets else 0
+
+    zero = fragments.zeros(pallas.load(pieces_ref.at[jnp.zeros_like(item), jnp.zeros_like(item), lane_id, item]))
 
     def everywhere(number: jax.Array | int) -> jax.Array:
         return jnp.broadcast_to(jnp.int32(number), thread.shape)
@@ -212,62 +136,125 @@ def _kernel(*refs, own: Plan, format: str, names: tuple[str, ...]) -> None:
 
     def load_sums(tile: int, sub: int, column: int, place: jax.Array) -> jax.Array:
         if own.pieces == 2 and column:  # a second piece: its sum is in the first
-            return jnp.zeros(thread.shape, jnp.float32)
+            return zero
         at = everywhere(_clipped(first_tile + tile, own)), 2 * t + column, everywhere(sub), 4 * place + item
         return pallas.load(sums_ref.at[at])
 
-    def load_x(s: jax.Array, tile: int) -> XOfTile:
-        place = s * own.warps + warp
-        pieces = [functools.partial(load_pieces, tile, place * blocks + i) for i in range(blocks)]
-        sums = [[functools.partial(load_sums, tile, sub, i, place) for i in range(2)] for sub in range(subs)]
-        return XOfTile(pieces, sums)
-
-    def lanes(s: jax.Array) -> list[Lane]:
+    def lanes(s: jax.Array, flat: bool) -> list[Lane]:
+        """Where a step is in rows g and g + 8: for items (P, 4), or `flat`, for the first of each thread (P,)."""
+        own_thread = lax.broadcasted_iota(jnp.int32, thread.shape[:1], 0) if flat else thread
+        warp, g, t, _ = _places(own_thread)
         group = jnp.minimum(s * own.warps + warp, (units - 1) // 4)
-        rows = [jnp.minimum(top + 8 * i, own.outputs - 1) for i in range(2)]
-        return [Lane(planes, row, group, item, t, units, grid) for row in rows]
+        rows = [jnp.minimum(first_row + g + 8 * i, own.outputs - 1) for i in range(2)]
+        return [Lane(planes, row, group, jnp.zeros_like(t) if flat else item, t, units, grid) for row in rows]
 
-    def load(s: jax.Array) -> tuple:
-        """What a step reads, of w and of x."""
-        x = jax.tree.map(lambda get: get(), load_x(s, 0))
-        return [codes.ahead(reader, lane) for lane in lanes(s)], x
+    def places(s: jax.Array) -> list[list[Place | None]]:
+        x = _places_of_x(pieces_ref, sums_ref, s, blocks, subs, own) if early else []
+        return [*([] if pallas.interpreting() else codes.places(reader, lane) for lane in lanes(s, True)), x]
+
+    ahead = Ahead(places, own)
 
     def step(s: jax.Array, carry: tuple) -> tuple:
-        following, totals = carry
-        if early:
-            (raw, x), following = following, load(jnp.minimum(s + 1, own.steps - 1))  # while this step is computed
-            xs = [jax.tree.map(lambda array: lambda: array, x)]
-            own_lanes = [lane._replace(loaded=iter(items)) for lane, items in zip(lanes(s), raw, strict=True)]
-        else:
-            xs, own_lanes = [load_x(s, tile) for tile in range(tiles)], lanes(s)
-        rows = [reader.read(lane) for lane in own_lanes]
+        token, totals = carry
+        token, (*taken, x) = ahead.next(token, s)
+        rows = [
+            reader.read(lane._replace(taken=iter(items) if items else None))
+            for lane, items in zip(lanes(s, False), taken, strict=True)
+        ]
         parts = [[_float16_pairs(word, reader.zero) for word in row.words] for row in rows]
+        place = s * own.warps + warp
         for unit in range(4):
-            totals = add_unit(unit, rows, parts, xs, totals)
-        return following, totals
+            totals = add_unit(unit, rows, parts, x, place, totals)
+        return token, totals
 
-    def add_unit(unit: int, rows: list, parts: list, xs: list[XOfTile], totals: tuple) -> tuple:
+    def add_unit(unit: int, rows: list, parts: list, x: list, place: jax.Array, totals: tuple) -> tuple:
         per = reader.sub_block // 16
         for sub, scale in enumerate(zip(rows[0].scales, rows[1].scales, strict=True)):
-            dots = [jnp.zeros(thread.shape, jnp.float32)] * tiles
+            dots = [zero] * tiles
             for sixteen in range(sub * per, sub * per + per):
                 a = tuple(parts[row][sixteen][pair] for pair in range(2) for row in range(2))
                 at = unit * (reader.unit // 16) + sixteen  # of the 16s of four units
                 for tile in range(tiles):
-                    dots[tile] = fragments.mma(dots[tile], a, xs[tile].pieces[at // 2](), unit, at % 2)
-            scale = fragments.by_row(*scale, unit)
-            totals = tuple(fragments.fma(dot, scale, total) for dot, total in zip(dots, totals, strict=True))
+                    pieces = x[at // 2] if early else load_pieces(tile, place * blocks + at // 2)
+                    dots[tile] = fragments.mma(dots[tile], a, pieces, unit, at % 2)
+            totals = tuple(
+                fragments.add_scaled(dot, *scale, total, unit, live == 1)
+                for dot, total in zip(dots, totals, strict=True)
+            )
             if reader.offsets:
-                offset = fragments.by_row(rows[0].offsets[sub], rows[1].offsets[sub], unit)
-                sums = [fragments.by_column(*(get() for get in x.sums[sub]), unit) for x in xs]
-                totals = tuple(fragments.fma(offset, own, total) for own, total in zip(sums, totals, strict=True))
+                offsets = rows[0].offsets[sub], rows[1].offsets[sub]
+                sums = [fragments.by_column(*sums_of(tile, sub, x, place), unit) for tile in range(tiles)]
+                totals = tuple(
+                    fragments.add_scaled(own, *offsets, total, unit, live == 1)
+                    for own, total in zip(sums, totals, strict=True)
+                )
         return totals
 
-    zero = jnp.zeros(thread.shape, jnp.float32)
-    _, totals = lax.fori_loop(0, own.steps, step, (load(jnp.int32(0)) if early else None, (zero,) * tiles))
+    def sums_of(tile: int, sub: int, x: list, place: jax.Array) -> list[jax.Array]:
+        if not early:
+            return [load_sums(tile, sub, column, place) for column in range(2)]
+        return [zero if items is None else items for items in x[blocks + 2 * sub : blocks + 2 * sub + 2]]
+
+    _, totals = lax.fori_loop(0, own.steps, step, (ahead.begin(), (zero,) * tiles))
     for tile, total in enumerate(totals):
-        total = jnp.sum(total.reshape(own.warps, 32, 4), 0)
-        _store(y_ref, back_ref, total, first_tile + tile, own)
+        total = fragments.sum_over_warps(total, own.warps)
+        _store(y_ref, back_ref, total, first_row, first_tile + tile, own)
+
+
+def _places_of_x(pieces_ref, sums_ref, s: jax.Array, blocks: int, subs: int, own: Plan) -> list[Place | None]:
+    """What a step reads of x, where a tile has one or two columns that are not zero: pieces of each block, then of
+    each sub-block the sums of columns 2 t and of columns 2 t + 1 (None: they are zero)."""
+    live = own.rows * own.pieces
+    warp, _, t, lane = _places(lax.broadcasted_iota(jnp.int32, (32 * own.warps,), 0))
+    zero, place = jnp.zeros_like(t), s * own.warps + warp
+    has = lane < 4 * live
+    slots = Slots(4 * live, warp * (4 * live) + jnp.minimum(lane, 4 * live - 1), has, has)
+    at = zero, place * blocks, lane, zero
+    found = [Place(pieces_ref, at, 4, slots, 128 * i) for i in range(blocks)]
+    first = Slots(1, warp, lane == 0, t == 0)
+    for sub in range(subs):
+        for column in range(2):
+            there = column < own.rows and not (own.pieces == 2 and column)
+            beyond = (column * subs + sub) * sums_ref.shape[-1]
+            found.append(Place(sums_ref, (zero, zero, zero, 4 * place), 4, first, beyond) if there else None)
+    return found
+
+
+class Ahead:
+    """What steps read, put in a ring ahead of time. In the interpreter w is read when it is wanted."""
+
+    def __init__(self, places: Callable[[jax.Array], list[list[Place | None]]], own: Plan) -> None:
+        self.places, self.own = places, own
+        self.ring = None if pallas.interpreting() else Ring(self._copied(jnp.int32(0)), own.warps, own.stages)
+        self.ahead = 0 if self.ring is None else self.ring.stages - 1
+
+    def _copied(self, step: jax.Array) -> list[Place]:
+        return [place for found in self.places(step) for place in found if place is not None]
+
+    def begin(self) -> Token | None:
+        if self.ring is None:
+            return None
+        token = self.ring.begin()
+        for step in range(self.ahead):
+            token = self._put(token, jnp.int32(step))
+        return token
+
+    def _put(self, token: Token, step: jax.Array) -> Token:
+        return self.ring.put(token, step, self._copied(step), step < self.own.steps)
+
+    def next(self, token: Token | None, step: jax.Array) -> tuple[Token | None, list[list[jax.Array | None]]]:
+        """Each list of what `step` reads (None: was not put), after a later step is begun."""
+        if self.ring is None:
+            *rows, x = self.places(step)
+            return None, [*([] for _ in rows), [place and read_now(place) for place in x]]
+        token = self.ring.wait(self._put(token, step + self.ahead))
+        items = iter(self.ring.take(token, step, self._copied(step)))
+        return token, [[place and next(items) for place in found] for found in self.places(step)]
+
+
+def _places(thread: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Warp, g, t, and lane of threads."""
+    return thread // 32, thread % 32 // 4, thread % 4, thread % 32
 
 
 def _clipped(tile: jax.Array, own: Plan) -> jax.Array:
@@ -282,15 +269,16 @@ def _float16_pairs(word: jax.Array, zero: int) -> tuple[jax.Array, jax.Array]:
     return low, high
 
 
-def _store(y_ref, back_ref, total: jax.Array, tile: jax.Array, own: Plan) -> None:
-    """The sums of a tile as results: pieces joined, scaling undone."""
+def _store(y_ref, back_ref, total: jax.Array, row: jax.Array, tile: jax.Array, own: Plan) -> None:
+    """The sums of a tile of columns, from `row` of w, as results: pieces joined, scaling undone."""
     count = 4 // own.pieces
-    lane, item = (lax.broadcasted_iota(jnp.int32, (32, count), axis) for axis in (0, 1))
+    thread, item = (lax.broadcasted_iota(jnp.int32, (len(total), count), axis) for axis in (0, 1))
     if own.pieces == 2:
-        pair = lax.broadcasted_iota(jnp.int32, (32, 2, 2), 2)
-        total = jnp.sum(total.reshape(32, 2, 2) * jnp.where(pair == 0, 1.0, LOW), -1)
-    m = tile * own.rows_of_tile + (lane % 4 if own.pieces == 2 else 2 * (lane % 4) + item % 2)
-    n = pallas.program_id(0) * ROWS + lane // 4 + 8 * (item // (count // 2))
-    inside = (m < own.rows) & (n < own.outputs)
+        pair = lax.broadcasted_iota(jnp.int32, (len(total), 2, 2), 2)
+        total = jnp.sum(total.reshape(pair.shape) * jnp.where(pair == 0, 1.0, LOW), -1)
+    _, g, t, _ = _places(thread)
+    m = tile * (8 // own.pieces) + (t if own.pieces == 2 else 2 * t + item % 2)
+    n = row + g + 8 * (item // (count // 2))
+    inside = (m < own.rows) & (n < own.outputs) & (thread < 32)
     back = pallas.load(back_ref.at[jnp.minimum(m, own.rows - 1)])
     pallas.store(y_ref.at[m, n], (total * 2.0**24 * back).astype(y_ref.dtype), mask=inside)

@@ -1,0 +1,122 @@
+"""The other operand of a product by packed weights: x, rearranged for the tensor cores in one launch. Called by
+`triton_matmul`.
+
+A row of x is scaled by a power of two and takes one *column* of the tensor cores' instruction where it has 16 bits, two
+where it is float32: what float16 holds of it, and what that leaves, together 22 bits. Eight columns are a tile.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from realm_jax.kernels import pallas
+
+LOW = 2.0**-11  # what the second piece of a number is scaled by
+
+
+class Form(NamedTuple):
+    """What is wanted of x. pieces: columns that a row takes, 1 or 2. tiles: of columns. blocks: of 32 inputs, zeros
+    after the last. unit, sub_block: the sums of each sub-block of so many inputs, by its place in a unit of so many.
+    """
+
+    pieces: int
+    tiles: int
+    blocks: int
+    unit: int
+    sub_block: int
+
+    @property
+    def rows_of_tile(self) -> int:
+        return 8 // self.pieces
+
+
+class Operand(NamedTuple):
+    """x as the kernel reads it.
+
+    pieces (tiles, blocks, 32, 4) int32: for each 32 inputs what a lane wants, as float16 pairs. sums (tiles, 8,
+    sub-blocks of a unit, units) float32: of the inputs of a sub-block, times 2^-24. back (rows,) float32: what undoes
+    the scaling of a row; NaN, if any of it is not finite.
+    """
+
+    pieces: jax.Array
+    sums: jax.Array
+    back: jax.Array
+
+
+def pieces_of(dtype: jnp.dtype) -> int:
+    """Columns that a row of x takes."""
+    return 2 if jnp.dtype(dtype).itemsize == 4 else 1
+
+
+def prepare(x_MK: jax.Array, form: Form) -> Operand:
+    """x (M, K), any floating point. A program a row, and one for each row that fills up the last tile."""
+    rows = form.tiles * form.rows_of_tile
+    shapes = (
+        pallas.Shape((form.tiles, form.blocks, 32, 4), jnp.int32),
+        pallas.Shape((form.tiles, 8, form.unit // form.sub_block, form.blocks * 32 // form.unit), jnp.float32),
+        pallas.Shape((rows,), jnp.float32),
+    )
+    body = functools.partial(_kernel, rows=x_MK.shape[0], own=form)
+    return Operand(*pallas.call(body, [x_MK], shapes, grid=(rows,), num_warps=8, num_stages=1, name="prepare"))
+
+
+def _kernel(x_ref, pieces_ref, sums_ref, back_ref, *, rows: int, own: Form) -> None:
+    m = pallas.program_id(0)
+    tile, column = m // own.rows_of_tile, m % own.rows_of_tile * own.pieces
+    blocks = pieces_ref.shape[1]
+
+    def read(k: jax.Array) -> jax.Array:
+        row = jnp.broadcast_to(jnp.minimum(m, rows - 1), k.shape)
+        inside = (k < x_ref.shape[1]) & (m < rows)
+        return pallas.load(x_ref.at[row, k], mask=inside, other=0.0).astype(jnp.float32)
+
+    everything = _power_of_two_iota(32 * blocks)
+    x = read(everything)
+    largest = jnp.max(jnp.abs(x))
+    exponent = lax.bitcast_convert_type(largest, jnp.int32) >> 23
+    up = _power_of_two(jnp.clip(127 + 14 + 127 - exponent, 1, 254))
+    back = _power_of_two(jnp.clip(127 - 14 - 127 + exponent, 1, 254))
+    broken = jnp.sum(x * 0)  # NaN, if any is not finite
+    pallas.store(back_ref.at[m], back + broken)
+
+    i = _power_of_two_iota(16 * blocks)
+    block, t, k, pair = i // 16, i // 4 % 4, i // 2 % 2, i % 2
+    first = 32 * block + 16 * k + 4 * t + pair  # inputs 0 and 2, and 1 and 3, of four: as bytes of a word are masked
+    for piece in range(own.pieces):
+        word = 0
+        for position in range(2):
+            bits = lax.bitcast_convert_type(_pieces(read(first + 2 * position) * up)[piece], jnp.uint16)
+            word = word | bits.astype(jnp.int32) << (16 * position)
+        lane = 4 * (column + piece) + t
+        at = jnp.broadcast_to(tile, i.shape), block, lane, 2 * k + pair
+        pallas.store(pieces_ref.at[at], word, mask=block < blocks)
+    many, inner = blocks * 32 // own.sub_block, own.unit // own.sub_block
+    shape = (_power_of_two_above(many), own.sub_block)
+    s, j = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    total = jnp.sum(read(own.sub_block * s + j) * up, -1) * 2.0**-24
+    s = _power_of_two_iota(many)
+    for piece in range(own.pieces):
+        at = jnp.broadcast_to(tile, s.shape), jnp.broadcast_to(column + piece, s.shape), s % inner, s // inner
+        pallas.store(sums_ref.at[at], total if piece == 0 else jnp.zeros_like(total), mask=s < many)
+
+
+def _pieces(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What float16 holds of float32 numbers, and what that leaves, 2^11 times as large."""
+    high = x.astype(jnp.float16)
+    return high, ((x - high.astype(jnp.float32)) / LOW).astype(jnp.float16)
+
+
+def _power_of_two(biased: jax.Array) -> jax.Array:
+    """2^(biased - 127), float32."""
+    return lax.bitcast_convert_type(biased << 23, jnp.float32)
+
+
+def _power_of_two_above(count: int) -> int:
+    return 1 << (count - 1).bit_length()
+
+
+def _power_of_two_iota(count: int) -> jax.Array:
+    return lax.broadcasted_iota(jnp.int32, (_power_of_two_above(count),), 0)

@@ -1,0 +1,176 @@
+"""What threads of a kernel read ahead of time, by asynchronous copies to shared memory. Called by `triton_matmul`.
+
+A warp copies what it alone will read, so nothing waits but for its own copies. A *stage* is what a step reads; the
+ring holds the stages of the next few steps. What is put in it, and in which order, the caller says the same way each
+step. Source: PTX ISA, "cp.async".
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from realm_jax.kernels import pallas
+from realm_jax.kernels.assembly import assembly
+
+MOST_BYTES = 48 * 1024  # of shared memory that a kernel can declare
+
+Token = jax.Array  # (P,): the address of a thread's first bytes; whoever has it comes after what made it
+
+
+class Slots(NamedTuple):
+    """Which threads of a warp copy an item, where to, and which read it.
+
+    count: of places in a warp. own: which one a thread copies to and reads from (P,). copies, reads: whether it does,
+    bool (P,), or None for all; one that does not read has 0.
+    """
+
+    count: int
+    own: jax.Array
+    copies: jax.Array | None = None
+    reads: jax.Array | None = None
+
+
+class Place(NamedTuple):
+    """Where four items of a thread stand in a ref: `at`, indices (P,) of the first, and `span`, how many there are:
+    4 neighbours, 2 neighbours of which each counts for two, or 1 that counts for all. beyond: so many items after that,
+    on the last axes."""
+
+    ref: jax.Array
+    at: tuple[jax.Array, ...]
+    span: int
+    slots: Slots
+    beyond: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a thread copies."""
+        return max(4, self.span * self.ref.dtype.itemsize)
+
+    @property
+    def index(self) -> jax.Array:
+        """The place of the first item in the flat ref (P,)."""
+        index = jnp.zeros_like(self.at[0])
+        for i, size in zip(self.at, self.ref.shape, strict=True):
+            index = index * size + i
+        return index
+
+
+def can_copy(dtype: jnp.dtype, span: int) -> bool:
+    """Whether such items can be copied: 4 to 16 bytes, or an item of two."""
+    return span * dtype.itemsize >= 4 or dtype.itemsize == 2
+
+
+class Ring:
+    """Stages of `places` for the warps of a program."""
+
+    def __init__(self, places: list[Place], warps: int, stages: int) -> None:
+        self.warps = warps
+        order = sorted(range(len(places)), key=lambda i: -places[i].nbytes)  # so that each is aligned to its size
+        sizes = [warps * places[i].slots.count * places[i].nbytes for i in order]
+        starts = np.cumsum([0, *sizes]).tolist()
+        self.stage_bytes = -(-starts.pop() // 16) * 16
+        self.starts = [starts[order.index(i)] for i in range(len(places))]
+        self.stages = max(1, min(stages, MOST_BYTES // self.stage_bytes))
+
+    @property
+    def nbytes(self) -> int:
+        return self.stage_bytes * self.stages
+
+    def begin(self) -> Token:
+        zero = jnp.zeros((32 * self.warps,), jnp.int32)
+        text = f"{{ .shared .align 16 .b8 ring[{self.nbytes}]; .reg .b32 o; mov.u32 o, ring; add.u32 $0, o, $1; }}"
+        return _asm(text, ["=r", "r"], zero)
+
+    def put(self, token: Token, step: jax.Array, places: list[Place], live: jax.Array) -> Token:
+        """Begin to copy what step `step` will read, if `live` (a scalar); one stage, wanted or not."""
+        stage = self._stage(step)
+        live = jnp.broadcast_to(live, token.shape)
+        for place, start in zip(places, self.starts, strict=True):
+            own = live if place.slots.copies is None else live & place.slots.copies
+            token = _copy(token, place, place.slots.own * place.nbytes + stage, start, own.astype(jnp.int32))
+        return _asm("cp.async.commit_group;", ["=r", "0"], token, pure=False)
+
+    def wait(self, token: Token) -> Token:
+        """Until the oldest stage is there, after the newest was put."""
+        text = f"cp.async.wait_group {self.stages - 1}; bar.warp.sync 0xffffffff;"
+        return _asm(text, ["=r", "0"], token, pure=False)
+
+    def take(self, token: Token, step: jax.Array, places: list[Place]) -> list[jax.Array]:
+        """What was put for that step: arrays (P, 4) in the types of the refs."""
+        stage = self._stage(step)
+        return [
+            _read(token + (place.slots.own * place.nbytes + stage), start, place)
+            for place, start in zip(places, self.starts, strict=True)
+        ]
+
+    def _stage(self, step: jax.Array) -> jax.Array:
+        return lax.rem(step, jnp.int32(self.stages)) * self.stage_bytes
+
+
+def read_now(place: Place) -> jax.Array:
+    """The items (P, 4) of a place, read where they are wanted."""
+    shape = place.at[0].shape[0], 4
+    at = [jnp.broadcast_to(i[:, None], shape) for i in place.at]
+    at[-1] = at[-1] + lax.broadcasted_iota(jnp.int32, shape, 1) * place.span // 4
+    for axis in range(len(at) - 1):
+        stride = math.prod(place.ref.shape[axis + 1 :])
+        at[axis] = at[axis] + place.beyond // stride % place.ref.shape[axis]
+    items = pallas.load(place.ref.at[tuple(at)])
+    return items if place.slots.reads is None else jnp.where(place.slots.reads[:, None], items, 0)
+
+
+def _copy(token: Token, place: Place, offset: jax.Array, start: int, live: jax.Array) -> Token:
+    nbytes, index = place.nbytes, place.index
+    if place.span * place.ref.dtype.itemsize < 4:
+        index = index & -2  # the pair that an item of two bytes is in
+    beyond = place.beyond * place.ref.dtype.itemsize
+    way = "cg" if nbytes == 16 else "ca"
+    text = f"""{{ .reg .b32 to; .reg .pred p; setp.ne.b32 p, $4, 0; add.u32 to, $0, $3;
+        @p cp.async.{way}.shared.global [to + {start}], [$1 + {beyond}], {nbytes}; }}"""
+    constraints = ["=r", "l", "0", "r", "r"]
+    return _asm(text, constraints, token, offset, live, addresses=[(place.ref, index)], pure=False)
+
+
+def _read(address: jax.Array, start: int, place: Place) -> jax.Array:
+    size, span = place.ref.dtype.itemsize, place.span
+    halves = "and.b32 {0}, {2}, 0xffff; shr.u32 {1}, {2}, 16;"
+    operands, odd = [address], None
+    match span, size:
+        case 4, 4:
+            text = "@p ld.shared.v4.b32 {a, b, c, d}, [$4];"
+        case 4, 2:
+            text = "@p ld.shared.v2.b32 {x, y}, [$4];" + halves.format("a", "b", "x") + halves.format("c", "d", "y")
+        case 4, 1:
+            text = "@p ld.shared.b32 x, [$4]; " + " ".join(f"bfe.u32 {'abcd'[i]}, x, {8 * i}, 8;" for i in range(4))
+        case 2, 4:
+            text = "@p ld.shared.v2.b32 {a, c}, [$4]; mov.b32 b, a; mov.b32 d, c;"
+        case 2, 2:
+            text = "@p ld.shared.b32 x, [$4]; " + halves.format("a", "c", "x") + "mov.b32 b, a; mov.b32 d, c;"
+        case 1, 4:
+            text = "@p ld.shared.b32 a, [$4]; mov.b32 b, a; mov.b32 c, a; mov.b32 d, a;"
+        case 1, 2:
+            odd = (place.index & 1) << 4
+            shift = "shr.u32 x, x, $5; and.b32 a, x, 0xffff;"
+            text = f"@p ld.shared.b32 x, [$4]; {shift} mov.b32 b, a; mov.b32 c, a; mov.b32 d, a;"
+    operands += [] if odd is None else [odd]
+    zero = "mov.b32 x, 0; mov.b32 y, 0; mov.b32 a, 0; mov.b32 b, 0; mov.b32 c, 0; mov.b32 d, 0;"
+    condition = "setp.eq.b32 p, 0, 0;"
+    if place.slots.reads is not None:
+        condition = f"setp.ne.b32 p, ${4 + len(operands)}, 0;"
+        operands.append(place.slots.reads.astype(jnp.int32))
+    text = text.replace("[$4]", f"[$4 + {start}]")
+    results = " ".join(f"mov.b32 ${i}, {'abcd'[i]};" for i in range(4))
+    text = f"{{ .reg .b32 a, b, c, d, x, y; .reg .pred p; {condition} {zero} {text} {results} }}"
+    bits = _asm(text, ["=r"] * 4 + ["r"] * len(operands), *operands, results=4, pure=False, dtype=jnp.uint32)
+    if size < 4:
+        bits = bits.astype(jnp.dtype(f"uint{8 * size}"))
+    return bits if bits.dtype == place.ref.dtype else lax.bitcast_convert_type(bits, place.ref.dtype)
+
+
+def _asm(text: str, constraints: list[str], *operands: jax.Array, dtype: jnp.dtype = jnp.int32, **options) -> jax.Array:
+    result = pallas.Shape(operands[0].shape, dtype)
+    return assembly(text, constraints, result, *operands, **options)
