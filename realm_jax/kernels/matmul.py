@@ -9,7 +9,7 @@ Shape key: `M` rows of x, `N` output features, `K` input features.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from jax.custom_batching import custom_vmap
 
 from realm_jax.errors import RealmError
 from realm_jax.kernels import dense, reference, triton_matmul
+from realm_jax.kernels.operand import Form, Prepared, plain
 from realm_jax.kernels.triton_matmul import MOST_ROWS
 from realm_jax.quant import QuantizedTensor
 
@@ -44,7 +45,9 @@ def _few_rows(
     vmapped = custom_vmap(apply)
 
     @vmapped.def_vmap
-    def _(size: int, batched: tuple, x: jax.Array, w: QuantizedTensor) -> tuple[jax.Array, bool]:
+    def _(size: int, batched: tuple, x: jax.Array | Prepared, w: QuantizedTensor) -> tuple[jax.Array, bool]:
+        x, batched = plain(x), (plain(batched[0]), batched[1])
+
         def product(pair: tuple) -> jax.Array:
             x, w = pair
             return matmul(x, w if int8 else w.replace(arithmetic="float"))
@@ -97,13 +100,21 @@ def choose_impl(x_shape: tuple[int, ...], w: Weight) -> str:
     return next(name for name, impl in IMPLEMENTATIONS.items() if impl.refuses(x_shape, w) is None)
 
 
-def matmul(x: jax.Array, w: Weight, *, impl: str = "auto") -> jax.Array:
+def wanted_form(x: jax.Array, weights: Sequence[Weight]) -> Form | None:
+    """In which form x (..., K) serves most of the products by these weights; None where none of them wants any."""
+    forms = [triton_matmul.form_of(x, w) for w in weights if choose_impl(x.shape, w) == "triton"]
+    return max(forms, key=forms.count, default=None)
+
+
+def matmul(x: jax.Array | Prepared, w: Weight, *, impl: str = "auto") -> jax.Array:
     """x @ w.T: x (..., K) float32, bfloat16 or float16 and w (N, K) give (..., N) in the dtype of x.
 
     Products are summed in float32. Differentiable in x; packed weights are constants (their gradient is zero), dense
-    weights are differentiable too. impl: "auto", or a name in IMPLEMENTATIONS. RealmError if the shapes do not fit,
-    or if that implementation cannot serve this format and shape.
+    weights are differentiable too. x may come prepared for some form: the result is the same to the bit. impl: "auto",
+    or a name in IMPLEMENTATIONS. RealmError if the shapes do not fit, or if that implementation cannot serve this
+    format and shape.
     """
+    prepared, x = x, plain(x)
     if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[-1]:
         raise RealmError(f"matmul wants x (..., K) and w (N, K); got x {x.shape} and w {w.shape}")
     if impl == "auto":
@@ -111,7 +122,7 @@ def matmul(x: jax.Array, w: Weight, *, impl: str = "auto") -> jax.Array:
     else:
         _check_serves(impl, x.shape, w)
     if isinstance(w, QuantizedTensor):
-        return _packed_matmul(impl, x, w)
+        return _packed_matmul(impl, x, prepared if impl == "triton" else x, w)
     return reference.dense_matmul(x, w)
 
 
@@ -130,16 +141,17 @@ def _check_serves(impl: str, x_shape: tuple[int, ...], w: Weight) -> None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _packed_matmul(impl: str, x: jax.Array, w: QuantizedTensor) -> jax.Array:
-    return IMPLEMENTATIONS[impl].apply(x, w)
+def _packed_matmul(impl: str, x: jax.Array, prepared: jax.Array | Prepared, w: QuantizedTensor) -> jax.Array:
+    """prepared: x again, as it is read. The derivative is all in x."""
+    return IMPLEMENTATIONS[impl].apply(prepared, w)
 
 
-def _packed_matmul_forward(impl: str, x: jax.Array, w: QuantizedTensor) -> tuple[jax.Array, QuantizedTensor]:
-    return _packed_matmul(impl, x, w), w  # the packed weights are all that the backward pass needs
+def _packed_matmul_forward(impl: str, x: jax.Array, prepared: jax.Array | Prepared, w: QuantizedTensor) -> tuple:
+    return _packed_matmul(impl, x, prepared, w), w  # the packed weights are all that the backward pass needs
 
 
-def _packed_matmul_backward(impl: str, w: QuantizedTensor, dy: jax.Array) -> tuple[jax.Array, None]:
-    return IMPLEMENTATIONS[impl].transposed(dy, w), None
+def _packed_matmul_backward(impl: str, w: QuantizedTensor, dy: jax.Array) -> tuple[jax.Array, None, None]:
+    return IMPLEMENTATIONS[impl].transposed(dy, w), None, None
 
 
 _packed_matmul.defvjp(_packed_matmul_forward, _packed_matmul_backward)

@@ -1,13 +1,15 @@
-"""The other operand of a product by packed weights: x, rearranged for the tensor cores in one launch. Called by
-`triton_matmul`.
+"""The other operand of a product by packed weights: x, rearranged for the tensor cores, in a launch of its own or at
+the end of the one that makes x. Called by `triton_matmul`, and by the kernels that make x.
 
 A row of x is scaled by a power of two and takes one *column* of the tensor cores' instruction where it has 16 bits, two
 where it is float32: what float16 holds of it, and what that leaves, together 22 bits. Eight columns are a tile.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -32,6 +34,11 @@ class Form(NamedTuple):
     def rows_of_tile(self) -> int:
         return 8 // self.pieces
 
+    @property
+    def programs(self) -> int:
+        """One a row, and one for each row that fills up the last tile."""
+        return self.tiles * self.rows_of_tile
+
 
 class Operand(NamedTuple):
     """x as the kernel reads it.
@@ -46,24 +53,64 @@ class Operand(NamedTuple):
     back: jax.Array
 
 
+@flax.struct.dataclass
+class Prepared:
+    """x (..., K) with the Operand that it is in a form: what `kernels.matmul` takes in place of x."""
+
+    x: jax.Array
+    operand: Operand
+    form: Form = flax.struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.x.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.x.dtype
+
+
+def plain(x: jax.Array | Prepared) -> jax.Array:
+    """x itself."""
+    return x.x if isinstance(x, Prepared) else x
+
+
+def with_operand(x: jax.Array, operand: Operand | None, form: Form | None) -> jax.Array | Prepared:
+    """x and what its kernel made of it, if anything."""
+    return x if operand is None else Prepared(x, operand, form)
+
+
 def pieces_of(dtype: jnp.dtype) -> int:
     """Columns that a row of x takes."""
     return 2 if jnp.dtype(dtype).itemsize == 4 else 1
 
 
-def prepare(x_MK: jax.Array, form: Form) -> Operand:
-    """x (M, K), any floating point. A program a row, and one for each row that fills up the last tile."""
-    rows = form.tiles * form.rows_of_tile
-    shapes = (
+def operand_of(x: jax.Array | Prepared, form: Form) -> Operand:
+    """x (..., K), any floating point, in that form: what comes with it, or else prepared in a launch."""
+    if isinstance(x, Prepared) and x.form == form:
+        return x.operand
+    x_MK = plain(x).reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    options = {"grid": (form.programs,), "num_warps": warps(x_MK.shape[1]), "num_stages": 1, "name": "prepare"}
+    return Operand(*pallas.call(functools.partial(write, form=form), [x_MK], shapes(form), **options))
+
+
+def shapes(form: Form) -> tuple[pallas.Shape, ...]:
+    """Of the arrays of an Operand."""
+    return (
         pallas.Shape((form.tiles, form.blocks, 32, 4), jnp.int32),
         pallas.Shape((form.tiles, 8, form.unit // form.sub_block, form.blocks * 32 // form.unit), jnp.float32),
-        pallas.Shape((rows,), jnp.float32),
+        pallas.Shape((form.programs,), jnp.float32),
     )
-    body = functools.partial(_kernel, rows=x_MK.shape[0], own=form)
-    return Operand(*pallas.call(body, [x_MK], shapes, grid=(rows,), num_warps=8, num_stages=1, name="prepare"))
 
 
-def _kernel(x_ref, pieces_ref, sums_ref, back_ref, *, rows: int, own: Form) -> None:
+def warps(width: int) -> int:
+    """Of a program with a row so wide. The order of its sums follows from it: the same for all kernels that `write`."""
+    return 8 if width <= 8192 else 16
+
+
+def write(x_ref, pieces_ref, sums_ref, back_ref, *, form: Form) -> None:
+    """The part of a program, one of `form.programs`, in the Operand of x (M, K): of one row, or of none."""
+    rows, own = x_ref.shape[0], form
     m = pallas.program_id(0)
     tile, column = m // own.rows_of_tile, m % own.rows_of_tile * own.pieces
     blocks = pieces_ref.shape[1]

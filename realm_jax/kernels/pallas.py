@@ -82,6 +82,12 @@ def call(
     )(*operands)
 
 
+def barrier() -> None:
+    """What a program has stored before it, all its threads load after it."""
+    if not _interpreting:
+        plt.debug_barrier()
+
+
 def int8_to_float16(x: jax.Array) -> jax.Array:
     """x in float16, exactly; in a kernel, of four neighbours at a time in three instructions, where a conversion would
     take longer than reading them."""

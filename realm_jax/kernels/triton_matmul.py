@@ -23,7 +23,7 @@ from jax import lax
 
 from realm_jax.kernels import codes, fragments, pallas
 from realm_jax.kernels.codes import Lane
-from realm_jax.kernels.operand import LOW, Form, pieces_of, prepare
+from realm_jax.kernels.operand import LOW, Form, Prepared, operand_of, pieces_of
 from realm_jax.kernels.ring import Place, Ring, Slots, Token, read_now
 from realm_jax.kernels.tiles import Tiles, find
 from realm_jax.quant.tensor import QuantizedTensor
@@ -83,7 +83,12 @@ def plan(rows: int, dtype: jnp.dtype, w: QuantizedTensor, tiles: Tiles | None = 
     return Plan(rows, width, outputs, pieces, warps, steps, -(-rows * pieces // 8), min(tiles.stages, steps))
 
 
-def matmul(x: jax.Array, w: QuantizedTensor, tiles: Tiles | None = None) -> jax.Array:
+def form_of(x: jax.Array, w: QuantizedTensor) -> Form:
+    """In which a product by w takes x (..., K)."""
+    return plan(math.prod(x.shape[:-1]), x.dtype, w).form(codes.READERS[w.format])
+
+
+def matmul(x: jax.Array | Prepared, w: QuantizedTensor, tiles: Tiles | None = None) -> jax.Array:
     """x (..., K) @ w.T for packed weights (N, K), in the dtype of x; for few rows of x. tiles: None, what was found
     best for such weights on this device.
 
@@ -92,7 +97,7 @@ def matmul(x: jax.Array, w: QuantizedTensor, tiles: Tiles | None = None) -> jax.
     """
     own = plan(math.prod(x.shape[:-1]), x.dtype, w, tiles)
     reader = codes.READERS[w.format]
-    prepared = prepare(x.reshape(own.rows, own.width), own.form(reader))
+    prepared = operand_of(x, own.form(reader))
     planes = {name: w.planes[name] for name in codes.fields(w.format)}
     operands = [*prepared, *planes.values(), *([] if reader.grid is None else [jnp.asarray(reader.grid())])]
     tiles = -(-own.tiles // MOST_TILES)

@@ -5,16 +5,17 @@ Shape suffixes: `B` rows, `T` new tokens, `S` cache length, `D` width, `F` ffn w
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from realm_jax.kernels import triton_cache, triton_norm
+from realm_jax.kernels import triton_cache, triton_gate, triton_norm
 from realm_jax.kernels.attention import attention
 from realm_jax.kernels.delta import Deltas, add_deltas, add_embedding_deltas
-from realm_jax.kernels.matmul import matmul
+from realm_jax.kernels.matmul import matmul, wanted_form
+from realm_jax.kernels.operand import Form, Prepared, plain, with_operand
 from realm_jax.model.cache import KeyValues, KVCache
 from realm_jax.model.config import Config
 from realm_jax.model.params import Attention, FeedForward, Weight
@@ -26,13 +27,17 @@ Observe = Callable[[str, jax.Array], None]  # told, while tracing, a weight's fi
 
 
 def by_kernel(kernel: Callable, reference: Callable) -> Callable:
-    """`kernel(static, *arrays)`, whose derivatives are those of the reference, and for which a vmap is a loop."""
+    """`kernel(static, *arrays)`, whose derivatives are those of the reference, and for which a vmap is a loop.
+
+    Both give tuples; what the kernel gives beyond those of the reference has no derivative.
+    """
 
     def run(static: Any, *arrays: Any) -> Any:
         return jax.custom_batching.sequential_vmap(functools.partial(kernel, static))(*arrays)
 
     def backward(static: Any, arrays: tuple, changes: Any) -> tuple:
-        return jax.vjp(functools.partial(reference, static), *arrays)[1](changes)
+        known, pull = jax.vjp(functools.partial(reference, static), *arrays)
+        return pull(changes[: len(known)])
 
     run = jax.custom_vjp(run, nondiff_argnums=(0,))
     run.defvjp(lambda static, *arrays: (run(static, *arrays), arrays), backward)
@@ -45,15 +50,15 @@ def embed(w_VD: Weight, tokens_BT: jax.Array, deltas: Deltas = None) -> jax.Arra
     return add_embedding_deltas(x_BTD, tokens_BT, deltas)
 
 
-def linear(x: jax.Array, w: Weight, bias: jax.Array | None = None, deltas: Deltas = None) -> jax.Array:
+def linear(x: jax.Array | Prepared, w: Weight, bias: jax.Array | None = None, deltas: Deltas = None) -> jax.Array:
     """x @ w.T with what its deltas add, + bias: x (..., K), w (N, K) in any format, bias (N,) or None."""
     # The barrier keeps what follows out of the product, so that its bits are the same with deltas and without.
-    y = add_deltas(jax.lax.optimization_barrier(matmul(x, w)), x, deltas)
+    y = add_deltas(jax.lax.optimization_barrier(matmul(x, w)), plain(x), deltas)
     return y if bias is None else y + bias.astype(y.dtype)
 
 
 def project(
-    x: jax.Array,
+    x: jax.Array | Prepared,
     weights: Attention | FeedForward,
     name: str,
     deltas: Attention | FeedForward | None = None,
@@ -64,7 +69,7 @@ def project(
     deltas: the same block of an adapter's tree. observe: is told of x first.
     """
     if observe is not None:
-        observe(name, x)
+        observe(name, plain(x))
     own = None if deltas is None else getattr(deltas, name)
     return linear(x, getattr(weights, name), getattr(weights, f"{name}_bias"), own)
 
@@ -76,29 +81,58 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return (x32 * scale * weight.astype(jnp.float32)).astype(x.dtype)
 
 
-def add_norm(x: jax.Array, more: jax.Array | None, weight: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
-    """x + more (x, where it is None), and the norm of that; in one launch where `kernels.triton_norm` can serve."""
-    one = _add_norm_in_one_launch if triton_norm.refuses(x) is None else _add_norm
-    return one(eps, x, more, weight)
+def add_norm(
+    x: jax.Array, more: jax.Array | None, weight: jax.Array, eps: float, readers: Sequence[Weight] = ()
+) -> tuple[jax.Array, jax.Array | Prepared]:
+    """x + more (x, where it is None), and the norm of that; in one launch where `kernels.triton_norm` can serve.
+
+    readers: the weights that will multiply the norm. That launch prepares it for them.
+    """
+    if triton_norm.refuses(x) is not None:
+        return _add_norm((eps, None), x, more, weight)
+    form = wanted_form(x, readers)
+    total, normed, operand = _add_norm_in_one_launch((eps, form), x, more, weight)
+    return total, with_operand(normed, operand, form)
 
 
-def _add_norm(eps: float, x: jax.Array, more: jax.Array | None, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _add_norm(static: tuple, x: jax.Array, more: jax.Array | None, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`add_norm` as XLA has it. It says what is right."""
     x = x if more is None else x + more
-    return x, rms_norm(x, weight, eps)
+    return x, rms_norm(x, weight, static[0])
 
 
-def _add_norm_by_kernel(eps: float, x: jax.Array, more: jax.Array | None, weight: jax.Array) -> tuple:
-    return triton_norm.add_norm(x, more, weight, eps=eps)
+def _add_norm_by_kernel(static: tuple, x: jax.Array, more: jax.Array | None, weight: jax.Array) -> tuple:
+    eps, form = static
+    return triton_norm.add_norm(x, more, weight, eps=eps, form=form)
 
 
 _add_norm_in_one_launch = by_kernel(_add_norm_by_kernel, _add_norm)
 
 
+def gated(gate: jax.Array, up: jax.Array, reader: Weight) -> jax.Array | Prepared:
+    """silu(gate) * up, which `reader` will multiply; prepared for it in one launch where it wants that, of few rows."""
+    form = None if triton_norm.refuses(gate) else wanted_form(gate, [reader])
+    if form is None:
+        return _gated(None, gate, up)[0]
+    return with_operand(*_gated_in_one_launch(form, gate, up), form)
+
+
+def _gated(form: Form | None, gate: jax.Array, up: jax.Array) -> tuple[jax.Array]:
+    """`gated` as XLA has it. It says what is right."""
+    return (jax.nn.silu(gate) * up,)
+
+
+def _gated_by_kernel(form: Form, gate: jax.Array, up: jax.Array) -> tuple:
+    return triton_gate.gated(gate, up, form=form)
+
+
+_gated_in_one_launch = by_kernel(_gated_by_kernel, _gated)
+
+
 def project_qkv(
     w: Attention,
     config: Config,
-    x_BTD: jax.Array,
+    x_BTD: jax.Array | Prepared,
     deltas: Attention | None = None,
     observe: Observe | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -177,10 +211,10 @@ def attend(
 
 def feed_forward(
     w: FeedForward,
-    x_BTD: jax.Array,
+    x_BTD: jax.Array | Prepared,
     deltas: FeedForward | None = None,
     observe: Observe | None = None,
 ) -> jax.Array:
     """Normed input -> gated feed-forward network with SiLU (Shazeer 2020), (B, T, D)."""
-    gate_BTF = jax.nn.silu(project(x_BTD, w, "gate", deltas, observe))
-    return project(gate_BTF * project(x_BTD, w, "up", deltas, observe), w, "down", deltas, observe)
+    gate_BTF, up_BTF = (project(x_BTD, w, name, deltas, observe) for name in ("gate", "up"))
+    return project(gated(gate_BTF, up_BTF, w.down), w, "down", deltas, observe)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from realm_jax.kernels.operand import plain
 from realm_jax.kernels.residency import rematerialize
 from realm_jax.model import layers
 from realm_jax.model.cache import UNBROKEN, KeyValues, KVCache
@@ -82,8 +83,9 @@ def run(
     ) -> tuple:
         """The sum of x and `more` through a layer; again as two, which the next norm adds up."""
         in_attn, in_ffn = (_observe_within(observe, "layers", i, part) for part in ("attn", "ffn"))
-        x_BTD, normed_BTD = layers.add_norm(x_BTD, more_BTD, layer.attn.norm, config.norm_eps)
-        q_BTHC, k_BTKC, v_BTKC = layers.project_qkv(layer.attn, config, normed_BTD, change.attn, in_attn)
+        attn, ffn = layer.attn, layer.ffn
+        x_BTD, normed_BTD = layers.add_norm(x_BTD, more_BTD, attn.norm, config.norm_eps, (attn.q, attn.k, attn.v))
+        q_BTHC, k_BTKC, v_BTKC = layers.project_qkv(attn, config, normed_BTD, change.attn, in_attn)
         halves = config.rope.halves
         if cache is None:
             q_BTHC, k_BTKC = (rotate(x, *rotation, halves) for x in (q_BTHC, k_BTKC))
@@ -92,9 +94,9 @@ def run(
             new = q_BTHC, k_BTKC, v_BTKC
             q_BTHC, cache = layers.rotate_into(cache, i, row_B, write_BT, *new, rotation, halves)
             kv = cache.read(i, rows_B)
-        more_BTD = layers.attend(layer.attn, config, q_BTHC, kv, place_BT, first_BT, change.attn, in_attn)
-        x_BTD, normed_BTD = layers.add_norm(x_BTD, more_BTD, layer.ffn.norm, config.norm_eps)
-        return x_BTD, layers.feed_forward(layer.ffn, normed_BTD, change.ffn, in_ffn), cache
+        more_BTD = layers.attend(attn, config, q_BTHC, kv, place_BT, first_BT, change.attn, in_attn)
+        x_BTD, normed_BTD = layers.add_norm(x_BTD, more_BTD, ffn.norm, config.norm_eps, (ffn.gate, ffn.up))
+        return x_BTD, layers.feed_forward(ffn, normed_BTD, change.ffn, in_ffn), cache
 
     x_BTD = layers.embed(params.embedding, tokens_BT, None if deltas is None else deltas.embedding).astype(dtype)
     more_BTD = None
@@ -125,10 +127,10 @@ def unembed(
     deltas, observe: as in `run`. Where the embedding serves as output matrix, its path is what `observe` is told; the
     deltas of the output are `deltas.output` all the same, and those of the embedding change its lookup alone.
     """
-    _, x = layers.add_norm(hidden, None, params.norm, config.norm_eps)
     name = "embedding" if params.output is None else "output"
+    _, x = layers.add_norm(hidden, None, params.norm, config.norm_eps, (getattr(params, name),))
     if observe is not None:
-        observe((name,), x)
+        observe((name,), plain(x))
     own = None if deltas is None else deltas.output
     return layers.linear(x, getattr(params, name), deltas=own).astype(jnp.float32)
 
