@@ -1,0 +1,264 @@
+"""Products by packed weights in int8 arithmetic on tensor cores, for few rows: a Pallas Triton kernel.
+
+As `triton_matmul`, but x is rounded to 8-bit steps as `reference.int8_steps` says, 32 inputs to a size. Codes are
+unsigned bytes as they come out of a word, so nothing makes float16 of them, and a sum over a sub-block is an exact
+integer (`fragments_int8`). A result is summed in an order that depends on the format and the shape of w alone: a
+row of x gives the same bits whatever rows are beside it. Called by `matmul`.
+
+Shape key: `M` rows of x, `N` output features, `K` input features, `P` threads of a program.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from realm_jax.kernels import codes, fragments, fragments_int8, pallas, triton_matmul
+from realm_jax.kernels.codes import Lane
+from realm_jax.kernels.reference import INT8_BLOCK
+from realm_jax.kernels.ring import Place, Slots, read_now
+from realm_jax.kernels.triton_matmul import MOST_ROWS, MOST_TILES, ROWS, Ahead, Plan
+from realm_jax.quant.tensor import QuantizedTensor
+
+COLUMNS = 8  # of a tile; a row of x takes one
+PREPARED = 32  # blocks of x that a program of `prepare` takes
+
+
+class Form(NamedTuple):
+    """What is wanted of x. tiles: of eight rows. blocks: of 32 inputs, zeros after the last. sub_block: inputs that a
+    sum is over. zero: see `codes.Reader`; None for a format with offsets."""
+
+    tiles: int
+    blocks: int
+    sub_block: int
+    zero: int | None
+
+
+class Operand(NamedTuple):
+    """x as the kernel reads it.
+
+    steps (tiles, blocks / 2, 32, 4) int32: for each 64 inputs what a lane wants, four steps in a word. sizes (tiles, 8,
+    blocks) float32: of a step. sums (tiles, 8, sub-blocks) float32: of the inputs of a sub-block as they are rounded;
+    without offsets, EXACT + zero times the sum of the steps, which is where products begin to count.
+    """
+
+    steps: jax.Array
+    sizes: jax.Array
+    sums: jax.Array
+
+
+def refuses(x_shape: tuple[int, ...], w: QuantizedTensor) -> str | None:
+    """Why the kernel cannot serve this call, or None if it can."""
+    if not 1 <= math.prod(x_shape[:-1]) <= MOST_ROWS:
+        return f"it takes 1 to {MOST_ROWS} rows, not {math.prod(x_shape[:-1])}"
+    return triton_matmul.refuses(x_shape, w)
+
+
+def matmul(x: jax.Array, w: QuantizedTensor) -> jax.Array:
+    """x (..., K) @ w.T for packed weights (N, K), in the dtype of x: `reference.matmul_int8`, but for the order of
+    sums; for few rows of x."""
+    own = triton_matmul.plan(math.prod(x.shape[:-1]), jnp.bfloat16, w)  # one column for each row, whatever its type
+    reader = codes.READERS[w.format]
+    blocks = own.steps * own.warps * 4 * reader.unit // INT8_BLOCK
+    form = Form(own.tiles, blocks, reader.sub_block, None if has_offsets(reader) else reader.zero)
+    prepared = prepare(x.reshape(own.rows, own.width), form)
+    planes = {name: w.planes[name] for name in codes.fields(w.format)}
+    operands = [*prepared, *planes.values(), *([] if reader.grid is None else [jnp.asarray(reader.grid())])]
+    y = pallas.call(
+        functools.partial(_kernel, own=own, format=w.format, names=tuple(planes)),
+        operands,
+        pallas.Shape((own.rows, own.outputs), x.dtype),
+        grid=(-(-own.outputs // ROWS), -(-own.tiles // MOST_TILES)),
+        num_warps=own.warps,
+        num_stages=1,
+        name=f"matmul_int8_{w.format}",
+    )
+    return y.reshape(*x.shape[:-1], own.outputs)
+
+
+# --- x ---------------------------------------------------------------------------------------------------------------
+
+
+def prepare(x_MK: jax.Array, form: Form) -> Operand:
+    """x (M, K), any floating point, rounded. Programs for the rows too that fill up the last tile."""
+    shapes = (
+        pallas.Shape((form.tiles, form.blocks // 2, 32, 4), jnp.int32),
+        pallas.Shape((form.tiles, COLUMNS, form.blocks), jnp.float32),
+        pallas.Shape((form.tiles, COLUMNS, form.blocks * INT8_BLOCK // form.sub_block), jnp.float32),
+    )
+    grid = form.tiles * COLUMNS, -(-form.blocks // PREPARED)
+    body = functools.partial(_prepare, own=form)
+    return Operand(*pallas.call(body, [x_MK], shapes, grid=grid, num_warps=4, num_stages=1, name="prepare_int8"))
+
+
+def _prepare(x_ref, steps_ref, sizes_ref, sums_ref, *, own: Form) -> None:
+    """PREPARED blocks of a row, as (block, half, lane, byte)."""
+    m, first = pallas.program_id(0), pallas.program_id(1) * PREPARED
+    shape = PREPARED, 2, 4, 4
+    block, half, t, i = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(4))
+    k = INT8_BLOCK * (first + block) + 16 * half + 4 * t + i
+    row = jnp.broadcast_to(jnp.minimum(m, x_ref.shape[0] - 1), shape)
+    inside = (k < x_ref.shape[1]) & (m < x_ref.shape[0])
+    x = pallas.load(x_ref.at[row, k], mask=inside, other=0.0).astype(jnp.float32)
+    size = jnp.max(jnp.max(jnp.max(jnp.abs(x), 3), 2), 1) / 127
+    steps = fragments_int8.round_to_int(x / jnp.where(size == 0, jnp.inf, size)[:, None, None, None])
+    steps = jnp.clip(steps, -127, 127)
+    size = size + jnp.sum(jnp.sum(jnp.sum(x * 0, 3), 2), 1)  # the largest may have lost a NaN
+
+    def places(shape: tuple[int, ...]) -> tuple[jax.Array, ...]:
+        tile, column = (jnp.broadcast_to(j, shape) for j in (m // COLUMNS, m % COLUMNS))
+        block, *inner = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(len(shape)))
+        return tile, column, first + block, *inner
+
+    tile, column, block, half, t = places(shape[:3])
+    at = tile, block // 2, 4 * column + t, 2 * (block % 2) + half
+    pallas.store(steps_ref.at[at], jnp.sum((steps & 255) << 8 * i, 3), mask=block < own.blocks)
+    tile, column, block = places(shape[:1])
+    pallas.store(sizes_ref.at[tile, column, block], size, mask=block < own.blocks)
+    total = jnp.sum(jnp.sum(steps, 3), 2)
+    if own.sub_block == INT8_BLOCK:
+        at, total, many = (tile, column, block), jnp.sum(total, 1), size
+    else:
+        tile, column, block, half = places(shape[:2])
+        at, many = (tile, column, 2 * block + half), jnp.broadcast_to(size[:, None], total.shape)
+    total = total.astype(jnp.float32)
+    total = many * total if own.zero is None else fragments_int8.EXACT + own.zero * total
+    pallas.store(sums_ref.at[at], total, mask=block < own.blocks)
+
+
+# --- the product -----------------------------------------------------------------------------------------------------
+
+
+def has_offsets(reader: codes.Reader) -> bool:
+    return reader.offsets or reader.mins
+
+
+class Columns:
+    """What a step reads of x: steps by 64 inputs, sizes by four blocks, sums by four sub-blocks, (P, 4) each, and both
+    of the latter for columns 2 t and for columns 2 t + 1."""
+
+    def __init__(self, x: Operand, reader: codes.Reader, own: Plan, first_tile: jax.Array) -> None:
+        self.x, self.reader, self.own, self.first_tile = x, reader, own, first_tile
+        self.live = min(own.rows, COLUMNS)
+        self.early = self.live <= 2  # it is little: copied ahead of time, too
+        blocks, sums = 4 * reader.unit // INT8_BLOCK, 4 * reader.unit // reader.sub_block
+        self.blocks, self.sums, self.span = blocks, sums, min(4, blocks)
+        numbers = [("sizes", j) for j in range(-(-blocks // 4))] + [("sums", j) for j in range(sums // 4)]
+        columns = range(min(self.live, 2) if self.early else 2)
+        self.keys = [("steps", 0, j) for j in range(blocks // 2)]
+        self.keys += [(name, column, j) for name, j in numbers for column in columns]
+
+    def place(self, key: tuple[str, int, int], s: jax.Array, tile: int) -> Place:
+        name, column, j = key
+        warp, _, t, lane = triton_matmul._places(lax.broadcasted_iota(jnp.int32, (32 * self.own.warps,), 0))
+        group = s * self.own.warps + warp
+        zero = jnp.zeros_like(t)
+        tile = zero if self.early else zero + triton_matmul._clipped(self.first_tile + tile, self.own)
+        if name == "steps":
+            count = 4 * self.live
+            # Other columns are not stored: they may read anything.
+            slots = Slots(count, warp * count + jnp.minimum(lane, count - 1), lane < count)
+            return Place(self.x.steps, (tile, group * (self.blocks // 2) + j, lane, zero), 4, slots)
+        slots = Slots(1, warp, lane == 0)
+        column = zero if self.early else 2 * t
+        if name == "sizes":
+            return Place(self.x.sizes, (tile, column + key[1], group * self.blocks + 4 * j), self.span, slots)
+        return Place(self.x.sums, (tile, column + key[1], group * self.sums + 4 * j), 4, slots)
+
+
+def _kernel(*refs, own: Plan, format: str, names: tuple[str, ...]) -> None:
+    """One program: ROWS rows of w, all of K, up to MOST_TILES tiles of eight columns."""
+    *x_refs, y_ref = refs[:3] + refs[-1:]
+    plane_refs = refs[3:-1]
+    reader = codes.READERS[format]
+    planes = dict(zip(names, plane_refs, strict=False))
+    grid = plane_refs[-1] if reader.grid else None
+    first_row, first_tile = pallas.program_id(0) * ROWS, pallas.program_id(1) * MOST_TILES
+    tiles = min(own.tiles, MOST_TILES)
+    units = reader.units(own.width)
+    thread, item = (lax.broadcasted_iota(jnp.int32, (32 * own.warps, 4), axis) for axis in (0, 1))
+    columns = Columns(Operand(*x_refs), reader, own, first_tile)
+    nothing = jnp.zeros_like(item)
+    zero = fragments.zeros(pallas.load(x_refs[0].at[nothing, nothing, thread % 32, item]))
+
+    def lanes(s: jax.Array, flat: bool) -> list[Lane]:
+        """Where a step is in rows g and g + 8: for items (P, 4), or `flat`, for the first of each thread (P,)."""
+        own_thread = lax.broadcasted_iota(jnp.int32, thread.shape[:1], 0) if flat else thread
+        warp, g, t, _ = triton_matmul._places(own_thread)
+        group = jnp.minimum(s * own.warps + warp, (units - 1) // 4)
+        rows = [jnp.minimum(first_row + g + 8 * i, own.outputs - 1) for i in range(2)]
+        return [Lane(planes, row, group, jnp.zeros_like(t) if flat else item, t, units, grid) for row in rows]
+
+    def places(s: jax.Array) -> list[list[Place | None]]:
+        x = [columns.place(key, s, 0) for key in columns.keys] if columns.early else []
+        return [*([] if pallas.interpreting() else codes.places(reader, lane) for lane in lanes(s, True)), x]
+
+    ahead = Ahead(places, own)
+
+    def step(s: jax.Array, carry: tuple) -> tuple:
+        token, totals = carry
+        token, (*taken, x) = ahead.next(token, s)
+        rows = [
+            reader.read(lane._replace(taken=iter(items) if items else None))
+            for lane, items in zip(lanes(s, False), taken, strict=True)
+        ]
+        rows = [_with_offsets(row) for row in rows]
+        put = dict(zip(columns.keys, x, strict=True)) if columns.early else {}
+
+        @functools.cache
+        def read(tile: int, *key) -> jax.Array:
+            if columns.early:
+                return put.get(key, zero)
+            return read_now(columns.place(key, s, tile))
+
+        return token, tuple(
+            _add_step(total, rows, functools.partial(read, tile), reader, columns.live == 1)
+            for tile, total in enumerate(totals)
+        )
+
+    _, totals = lax.fori_loop(0, own.steps, step, (ahead.begin(), (zero,) * tiles))
+    for tile, total in enumerate(totals):
+        _store(y_ref, fragments.sum_over_warps(total, own.warps), first_row, first_tile + tile, own)
+
+
+def _with_offsets(row: codes.Codes) -> codes.Codes:
+    if row.mins is None:
+        return row
+    word, factor = row.mins
+    return row._replace(offsets=codes.times_bytes(factor, [word], range(2, 4)))
+
+
+def _add_step(total: jax.Array, rows: list[codes.Codes], read, reader: codes.Reader, one: bool) -> jax.Array:
+    """total and the products of four units of w, in rows g and g + 8, by a tile of x; read: key -> (P, 4)."""
+    per = reader.sub_block // 16
+
+    def both(name: str, j: int) -> tuple[jax.Array, jax.Array]:
+        return read(name, 0, j), read(name, 1, j)
+
+    for unit in range(4):
+        for sub, scales in enumerate(zip(rows[0].scales, rows[1].scales, strict=True)):
+            place = unit * (reader.unit // reader.sub_block) + sub  # of the sub-blocks of four units
+            block = place * reader.sub_block // INT8_BLOCK
+            size = (block % 4) * (2 if reader.unit == 16 else 1)  # two sizes take the places of four
+            a = tuple(row.words[sub * per + i].astype(jnp.int32) for i in range(per) for row in rows)
+            sums = fragments_int8.mma_int8(a, read("steps", 0, block // 2), unit, place * per % 4)
+            levels = None if has_offsets(reader) else both("sums", place // 4)
+            items = place % 4, unit, size
+            total = fragments_int8.add_exact(sums, levels, scales, both("sizes", block // 4), total, items, one)
+            if has_offsets(reader):
+                offsets = rows[0].offsets[sub], rows[1].offsets[sub]
+                own = fragments.by_column(*both("sums", place // 4), place % 4)
+                total = fragments.add_scaled(own, *offsets, total, unit, one)
+    return total
+
+
+def _store(y_ref, total: jax.Array, row: jax.Array, tile: jax.Array, own: Plan) -> None:
+    """The sums of a tile of columns, from `row` of w, as results."""
+    thread, item = (lax.broadcasted_iota(jnp.int32, (len(total), 4), axis) for axis in (0, 1))
+    m = COLUMNS * tile + 2 * (thread % 4) + item % 2
+    n = row + thread % 32 // 4 + 8 * (item // 2)
+    inside = (m < own.rows) & (n < own.outputs) & (thread < 32)
+    pallas.store(y_ref.at[m, n], total.astype(y_ref.dtype), mask=inside)
