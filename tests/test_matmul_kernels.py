@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_matmul import nmse
-from test_quant_formats import random_weights
+from test_quant_formats import random_blocks, random_weights
 
 from realm_jax.errors import RealmError
 from realm_jax.kernels import choose_impl, codes, matmul, pallas, reference
-from realm_jax.quant import FORMATS
+from realm_jax.kernels.ring import read_now
+from realm_jax.quant import FORMATS, QuantizedTensor
 
 
 @pytest.fixture(autouse=True)
@@ -120,3 +121,50 @@ def test_it_lowers_for_cuda(name, monkeypatch):
     x, w, _ = product(name, 1, 16, 512)
     lowered = jax.jit(functools.partial(matmul, impl="triton")).trace(x, w).lower(lowering_platforms=("cuda",))
     assert f"matmul_{name}" in lowered.as_text()
+
+
+def bits(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+
+
+def lane_of(name: str, refs: dict, width: int, outputs: int, shape: tuple[int, ...]) -> codes.Lane:
+    """Threads (P,) or (P, 4) of a program (step, eight rows), as `triton_matmul` has them."""
+    thread = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    item = jax.lax.broadcasted_iota(jnp.int32, shape, 1) if len(shape) == 2 else jnp.zeros_like(thread)
+    row = jnp.minimum(8 * pallas.program_id(1) + thread % 32 // 4, outputs - 1)
+    group = pallas.program_id(0) * (shape[0] // 32) + thread // 32
+    own, units = {key: refs[key] for key in codes.fields(name)}, codes.READERS[name].units(width)
+    return codes.Lane(own, row, group, item, thread % 4, units, refs.get("grid"))
+
+
+@pytest.mark.parametrize("name", codes.READERS)
+def test_what_is_copied_ahead_is_what_readers_read(name, monkeypatch):
+    """For each place that the ring copies: the items from there, of the thread that copies them, are those that the
+    reader of the format reads itself, bit for bit. Two warps, two steps; rows past the last are clipped."""
+    reader, outputs, shape, copied, seen = codes.READERS[name], 11, (2, 2, 64, 4), [], []
+    width, read = 16 * reader.unit, codes.Lane.read
+    raw = random_blocks(name, outputs, width // FORMATS[name].block_size)
+    planes = QuantizedTensor.from_bytes(raw, name, (outputs, width)).planes
+    monkeypatch.setattr(codes.Lane, "read", lambda *args, **kwargs: seen.append(read(*args, **kwargs)) or seen[-1])
+
+    def body(*refs) -> None:
+        *refs, out_ref = refs
+        refs = dict(zip(operands, refs, strict=True))
+        places = codes.places(reader, lane_of(name, refs, width, outputs, shape[2:3]))
+        seen.clear()
+        reader.read(lane_of(name, refs, width, outputs, shape[2:]))
+        thread, different = jnp.arange(shape[2], dtype=jnp.int32), jnp.zeros(shape[2:], bool)
+        for place, items in zip(places, seen, strict=True):
+            if place is not None:
+                assert place.slots.reads is None
+                own = thread // (32 // place.slots.count)
+                there = bits(read_now(place))[own * (32 // place.slots.count)]
+                different |= (there != bits(items)) | (place.slots.own != own)[:, None]
+        copied.append(sum(place is not None for place in places))
+        out_ref[pallas.program_id(0), pallas.program_id(1)] = different.astype(jnp.int32)
+
+    operands = dict(planes) | ({} if reader.grid is None else {"grid": jnp.asarray(reader.grid())})
+    kernel = functools.partial(pallas.call, body, out_shape=pallas.Shape(shape, jnp.int32), grid=shape[:2])
+    quickly_compiled = jax.jit(kernel, compiler_options={"xla_backend_optimization_level": 0})
+    np.testing.assert_array_equal(quickly_compiled(list(operands.values())), 0)
+    assert copied[0] >= 2
