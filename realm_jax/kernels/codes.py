@@ -29,12 +29,15 @@ class Codes(NamedTuple):
     """One unit in one row, every item (P, 4).
 
     words: for each 16 weights, uint32. scales: float32, one for each sub-block of 16 or 32 weights. offsets: the same,
-    or none. A weight is scale * (byte - zero) + offset, with `zero` of the format's `Reader`.
+    or none. A weight is scale * (byte - zero) + offset, with `zero` of the format's `Reader`. mins: where offsets are
+    whole numbers times one of the four units, instead of them: bytes 2 and 3 of a word, for the two sub-blocks of a
+    unit, and what they are multiplied by.
     """
 
     words: list[jax.Array]
     scales: list[jax.Array]
     offsets: list[jax.Array] | None = None
+    mins: tuple[jax.Array, jax.Array] | None = None
 
 
 class Lane(NamedTuple):
@@ -113,7 +116,7 @@ class Lane(NamedTuple):
 
 class Reader(NamedTuple):
     """read: a `Lane` -> `Codes`. unit: weights. sub_block: 16 or 32 weights that share a scale. zero: see `Codes`.
-    offsets: whether there are any. grid: the table that it needs, uint32 (1 or 2 words, entries), or None.
+    offsets, mins: whether there are any. grid: the table that it needs, uint32 (1 or 2 words, entries), or None.
     """
 
     read: Callable[[Lane], Codes]
@@ -121,6 +124,7 @@ class Reader(NamedTuple):
     sub_block: int
     zero: int
     offsets: bool = False
+    mins: bool = False
     grid: Callable[[], np.ndarray] | None = None
 
     def units(self, width: int) -> int:
@@ -243,10 +247,10 @@ def read_q3_k(lane: Lane) -> Codes:
     return Codes(codes, [d * (byte(words[i // 4], i % 4) - 32) for i in range(8)])
 
 
-def scales_and_mins(lane: Lane) -> tuple[list[jax.Array], list[jax.Array]]:
+def scales_and_mins(lane: Lane) -> tuple[list[jax.Array], tuple[jax.Array, jax.Array]]:
     d, dmin = halves(lane)
-    both = [lane.read("scales")]
-    return times_bytes(d, both, range(2)), times_bytes(-dmin, both, range(2, 4))
+    both = lane.read("scales")
+    return times_bytes(d, [both], range(2)), (both, -dmin)
 
 
 def nibbles_of_64(lane: Lane) -> list[jax.Array]:
@@ -256,16 +260,18 @@ def nibbles_of_64(lane: Lane) -> list[jax.Array]:
 
 def read_q4_k(lane: Lane) -> Codes:
     words = [lane.read("qs", lane.t + 4 * k) for k in range(2)]
-    (first, second), offsets = scales_and_mins(lane)
+    (first, second), mins = scales_and_mins(lane)
     # High nibbles stay where they are, as sixteen times what they say.
-    return Codes([w & m for m in (NIBBLES, ~NIBBLES) for w in words], [first, second * np.float32(1 / 16)], offsets)
+    codes = [word & mask for mask in (NIBBLES, ~NIBBLES) for word in words]
+    return Codes(codes, [first, second * np.float32(1 / 16)], mins=mins)
 
 
 def read_q5_k(lane: Lane) -> Codes:
     first = lane.place(4) * np.uint32(2)
     bits = [lane.read("qh", lane.t + 4 * k) >> first for k in range(2)]
     fifth = [(word >> np.uint32(part) & BITS) << np.uint32(4) for part in range(2) for word in bits]
-    return Codes([code | bit for code, bit in zip(nibbles_of_64(lane), fifth, strict=True)], *scales_and_mins(lane))
+    scales, mins = scales_and_mins(lane)
+    return Codes([code | bit for code, bit in zip(nibbles_of_64(lane), fifth, strict=True)], scales, mins=mins)
 
 
 def read_q6_k(lane: Lane) -> Codes:
@@ -470,8 +476,8 @@ READERS: dict[str, Reader] = {
     "Q8_1": Reader(read_q8_1, 32, 32, 128),
     "Q2_K": Reader(read_q2_k, 128, 16, 0, True),
     "Q3_K": Reader(read_q3_k, 128, 16, 4),
-    "Q4_K": Reader(read_q4_k, 64, 32, 0, True),
-    "Q5_K": Reader(read_q5_k, 64, 32, 0, True),
+    "Q4_K": Reader(read_q4_k, 64, 32, 0, mins=True),
+    "Q5_K": Reader(read_q5_k, 64, 32, 0, mins=True),
     "Q6_K": Reader(read_q6_k, 128, 16, 32),
     "Q8_K": Reader(read_q8_0, 32, 32, 128),
     "IQ4_NL": Reader(read_iq4_nl, 32, 32, 128),

@@ -38,6 +38,58 @@ def mma(
     return _asm(text, ["=f"] * 4 + ["f"] * 4 + ["r"] * 20, jnp.float32, sums, *a, b)
 
 
+def mins(low: Fragment, high: Fragment, t: Fragment) -> Fragment:
+    """Bytes 2 and 3 of four words of row g and of row g + 8, as A (16, 8) of `mma_mins`: of a lane its t-th word's, two
+    subnormal float16. int32; items 0 and 1 are the rows', the others 0."""
+    if pallas.interpreting():
+        own = [jnp.take_along_axis(words, t[:, :1], 1)[:, 0] for words in (low, high)]
+        pairs = [(word >> np.uint32(16) & np.uint32(0xFF)) | (word >> np.uint32(24)) << np.uint32(16) for word in own]
+        return jnp.stack([*pairs, 0 * own[0], 0 * own[0]], 1).astype(jnp.int32)
+    text = "{ .reg .pred p, q; .reg .b32 a, b; setp.lt.u32 p, $12, 2; and.b32 a, $12, 1; setp.eq.u32 q, a, 0; "
+    for i, first in enumerate((4, 8)):
+        w = [f"${first + item}" for item in range(4)]
+        text += f"selp.b32 a, {w[0]}, {w[1]}, q; selp.b32 b, {w[2]}, {w[3]}, q; selp.b32 a, a, b, p; "
+        text += f"prmt.b32 ${i}, a, 0, 0x4342; "
+    operands = low.astype(jnp.int32), high.astype(jnp.int32), t
+    return _asm(text + "mov.b32 $2, 0; mov.b32 $3, 0; }", ["=&r"] * 4 + ["r"] * 12, jnp.int32, *operands)
+
+
+SUM_SCALE = 2.0**19  # float16 holds sums of a sub-block times this
+
+
+def sum_pairs(first: Fragment, second: Fragment, odd: Fragment | None) -> Fragment:
+    """Two float32 numbers (any of four alike items) as B (8, 8) of `mma_mins`, times SUM_SCALE, int32: item 0 the two
+    as float16, item 1 what that leaves of them, 2^11 times as large. odd: where not 0, item 0 is what item 1 is."""
+    if pallas.interpreting():
+        both = jnp.stack([first[:, 0], second[:, 0]], 1) * SUM_SCALE
+        high = both.astype(jnp.float16)
+        low = ((both - high.astype(jnp.float32)) * 2048).astype(jnp.float16)
+        high, low = (lax.bitcast_convert_type(pair, jnp.int32) for pair in (high, low))
+        high = high if odd is None else jnp.where(odd[:, 0] != 0, low, high)
+        return jnp.stack([high, low, low, low], 1)
+    choice = "" if odd is None else "setp.ne.b32 p, $12, 0; selp.b32 $0, $1, $0, p; "
+    text = f"""{{ .reg .f32 a, b, c, d; .reg .b16 e, f; .reg .pred p;
+        mul.f32 a, $4, 0f49000000; mul.f32 b, $8, 0f49000000;
+        cvt.rn.f16x2.f32 $0, b, a; mov.b32 {{e, f}}, $0; cvt.f32.f16 c, e; cvt.f32.f16 d, f;
+        sub.f32 a, a, c; sub.f32 b, b, d; mul.f32 a, a, 0f45000000; mul.f32 b, b, 0f45000000;
+        cvt.rn.f16x2.f32 $1, b, a; {choice}mov.b32 $2, 0; mov.b32 $3, 0; }}"""
+    operands = [first, second, *([] if odd is None else [odd])]
+    return _asm(text, ["=&r"] * 4 + ["f"] * 8 + ["r"] * (4 * len(operands) - 8), jnp.int32, *operands)
+
+
+def mma_mins(zero: Fragment, a: Fragment, b: Fragment, item: int) -> Fragment:
+    """A B for A (16, 8) of `mins` and B (8, 8) of `sum_pairs`, of which `item` counts; float32, as `mma`'s sums."""
+    if pallas.interpreting():
+        both = a[:, :2], b[:, item]
+        halves_a, halves_b = (lax.bitcast_convert_type(x, jnp.float16).astype(jnp.float32) for x in both)
+        a_wgtri, b_wnti = halves_a.reshape(-1, 8, 4, 2, 2), halves_b.reshape(-1, 8, 4, 2)
+        sums_wrgn = jnp.einsum("wgtri,wnti->wrgn", a_wgtri, b_wnti, precision=lax.Precision.HIGHEST)
+        return sums_wrgn.reshape(-1, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(-1, 4)
+    text = f"""mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {{$0, $1, $2, $3}}, {{$8, $9}}, {{${12 + item}}},
+        {{$4, $5, $6, $7}};"""
+    return _asm(text, ["=f"] * 4 + ["f"] * 4 + ["r"] * 8, jnp.float32, zero, a, b)
+
+
 def zeros(anchor: Fragment) -> Fragment:
     """Zeros, float32, that stand as Triton puts what is loaded from memory, four items a thread, and with them all
     that is computed from them. anchor: anything that is loaded so, 32 bits wide; it is not looked at."""
@@ -53,7 +105,7 @@ def add_scaled(sums: Fragment, low: Fragment, high: Fragment, total: Fragment, u
     one: only column 0 counts; the others come out as anything.
     """
     if pallas.interpreting():
-        return sums * jnp.stack([low[:, unit], low[:, unit], high[:, unit], high[:, unit]], 1) + total
+        return fma(sums, jnp.stack([low[:, unit], low[:, unit], high[:, unit], high[:, unit]], 1), total)
     counted = (0, 2) if one else range(4)
     text = " ".join(
         f"fma.rn.f32 ${i}, ${4 + i}, ${(8, 12)[i // 2] + unit}, ${16 + i};" if i in counted else f"mov.b32 ${i}, 0;"
@@ -71,9 +123,11 @@ def by_column(even: Fragment, odd: Fragment, unit: int) -> Fragment:
 
 
 def fma(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
-    """a * b + c, rounded once; Triton contracts nothing by itself."""
+    """a * b + c, rounded once; Triton contracts nothing by itself. In the interpreter rounded twice, whatever XLA would
+    do where."""
     if pallas.interpreting():
-        return a * b + c
+        product = a * b
+        return jnp.where(product == product, product, jnp.inf) + c  # what stands between keeps LLVM from joining them
     return _asm("fma.rn.f32 $0, $1, $2, $3;", ["=f", "f", "f", "f"], jnp.float32, a, b, c, pack=1)
 
 

@@ -123,6 +123,18 @@ def read_now(place: Place) -> jax.Array:
     return items if place.slots.reads is None else jnp.where(place.slots.reads[:, None], items, 0)
 
 
+def read_one(place: Place) -> jax.Array:
+    """`read_now` of a place of one item of 32 bits, of whichever type, as the others stand (P, 4)."""
+    if pallas.interpreting():
+        return read_now(place)
+    reads = jnp.ones_like(place.index) if place.slots.reads is None else place.slots.reads.astype(jnp.int32)
+    text = f"""{{ .reg .pred p; .reg .b32 a; setp.ne.b32 p, $5, 0; mov.b32 a, 0;
+        @p ld.global.b32 a, [$4 + {4 * place.beyond}]; mov.b32 $0, a; mov.b32 $1, a; mov.b32 $2, a; mov.b32 $3, a; }}"""
+    kind = "f" if place.ref.dtype == jnp.float32 else "r"
+    constraints = [f"={kind}"] * 4 + ["l", "r"]
+    return _asm(text, constraints, reads, addresses=[(place.ref, place.index)], results=4, dtype=place.ref.dtype)
+
+
 def _copy(token: Token, place: Place, offset: jax.Array, start: int, live: jax.Array) -> Token:
     nbytes, index = place.nbytes, place.index
     if place.span * place.ref.dtype.itemsize < 4:

@@ -24,7 +24,7 @@ from jax import lax
 from realm_jax.kernels import codes, fragments, pallas
 from realm_jax.kernels.codes import Lane
 from realm_jax.kernels.operand import LOW, Form, Prepared, operand_of, pieces_of
-from realm_jax.kernels.ring import Place, Ring, Slots, Token, read_now
+from realm_jax.kernels.ring import Place, Ring, Slots, Token, read_now, read_one
 from realm_jax.kernels.tiles import Tiles, find
 from realm_jax.quant.tensor import QuantizedTensor
 
@@ -53,7 +53,7 @@ class Plan(NamedTuple):
     def form(self, reader: codes.Reader) -> Form:
         """What is wanted of x; the same for most formats, and then prepared once."""
         blocks = self.steps * self.warps * 4 * reader.unit // 32
-        unit, sub_block = (reader.unit, reader.sub_block) if reader.offsets else (64, 32)
+        unit, sub_block = (reader.unit, reader.sub_block) if reader.offsets else (64, 32)  # as `mins` want it
         return Form(self.pieces, self.tiles, blocks, unit, sub_block)
 
 
@@ -126,7 +126,7 @@ def _kernel(*refs, own: Plan, format: str, names: tuple[str, ...]) -> None:
     warp, g, t, lane_id = _places(thread)
     live = min(own.rows * own.pieces, 8)  # columns of a tile that are not zero
     early = live <= 2  # what a step reads of x is little: read ahead of time, too
-    blocks, subs = 4 * reader.unit // 32, reader.unit // reader.sub_block if reader.offsets else 0
+    blocks = 4 * reader.unit // 32
 
     zero = fragments.zeros(pallas.load(pieces_ref.at[jnp.zeros_like(item), jnp.zeros_like(item), lane_id, item]))
 
@@ -154,8 +154,14 @@ def _kernel(*refs, own: Plan, format: str, names: tuple[str, ...]) -> None:
         return [Lane(planes, row, group, jnp.zeros_like(t) if flat else item, t, units, grid) for row in rows]
 
     def places(s: jax.Array) -> list[list[Place | None]]:
-        x = _places_of_x(pieces_ref, sums_ref, s, blocks, subs, own) if early else []
+        x = []
+        if early:
+            x = _places_of_pieces(pieces_ref, s, blocks, own)
+            x += sums_places(0, s) if reader.mins else _places_of_sums(sums_ref, s, own) if reader.offsets else []
         return [*([] if pallas.interpreting() else codes.places(reader, lane) for lane in lanes(s, True)), x]
+
+    def sums_places(tile: int, s: jax.Array) -> list[Place]:
+        return _places_of_pairs(sums_ref, _clipped(first_tile + tile, own), s, live, own)
 
     ahead = Ahead(places, own)
 
@@ -170,7 +176,21 @@ def _kernel(*refs, own: Plan, format: str, names: tuple[str, ...]) -> None:
         place = s * own.warps + warp
         for unit in range(4):
             totals = add_unit(unit, rows, parts, x, place, totals)
-        return token, totals
+        return token, add_mins(rows, x, s, totals) if reader.mins else totals
+
+    def add_mins(rows: list, x: list, s: jax.Array, totals: tuple) -> tuple:
+        a = fragments.mins(rows[0].mins[0], rows[1].mins[0], t)
+        odd = g % 2 if own.pieces == 2 else None  # columns of second pieces take the second pieces of sums
+        factors = [row.mins[1] * (2.0**24 / fragments.SUM_SCALE) for row in rows]
+        for part in range(3 - own.pieces):
+            scaled = [factor * LOW for factor in factors] if part else factors
+            added = []
+            for tile, total in enumerate(totals):
+                sums = x[blocks:] if early else [read_one(place) for place in sums_places(tile, s)]
+                dots = fragments.mma_mins(zero, a, fragments.sum_pairs(*sums, odd), part)
+                added.append(fragments.add_scaled(dots, *scaled, total, 0, live == 1))
+            totals = tuple(added)
+        return totals
 
     def add_unit(unit: int, rows: list, parts: list, x: list, place: jax.Array, totals: tuple) -> tuple:
         per = reader.sub_block // 16
@@ -206,23 +226,42 @@ def _kernel(*refs, own: Plan, format: str, names: tuple[str, ...]) -> None:
         _store(y_ref, back_ref, total, first_row, first_tile + tile, own)
 
 
-def _places_of_x(pieces_ref, sums_ref, s: jax.Array, blocks: int, subs: int, own: Plan) -> list[Place | None]:
-    """What a step reads of x, where a tile has one or two columns that are not zero: pieces of each block, then of
-    each sub-block the sums of columns 2 t and of columns 2 t + 1 (None: they are zero)."""
+def _places_of_pieces(pieces_ref, s: jax.Array, blocks: int, own: Plan) -> list[Place]:
+    """What a step reads of x, where a tile has one or two columns that are not zero."""
     live = own.rows * own.pieces
-    warp, _, t, lane = _places(lax.broadcasted_iota(jnp.int32, (32 * own.warps,), 0))
-    zero, place = jnp.zeros_like(t), s * own.warps + warp
+    warp, _, _, lane = _places(lax.broadcasted_iota(jnp.int32, (32 * own.warps,), 0))
     has = lane < 4 * live
     slots = Slots(4 * live, warp * (4 * live) + jnp.minimum(lane, 4 * live - 1), has, has)
-    at = zero, place * blocks, lane, zero
-    found = [Place(pieces_ref, at, 4, slots, 128 * i) for i in range(blocks)]
-    first = Slots(1, warp, lane == 0, t == 0)
+    at = jnp.zeros_like(lane), (s * own.warps + warp) * blocks, lane, jnp.zeros_like(lane)
+    return [Place(pieces_ref, at, 4, slots, 128 * i) for i in range(blocks)]
+
+
+def _places_of_sums(sums_ref, s: jax.Array, own: Plan) -> list[Place | None]:
+    """Then the sums of columns 2 t and of columns 2 t + 1, for each sub-block of four units (None: they are zero)."""
+    warp, _, t, lane = _places(lax.broadcasted_iota(jnp.int32, (32 * own.warps,), 0))
+    zero = jnp.zeros_like(t)
+    at, slots = (zero, zero, zero, 4 * (s * own.warps + warp)), Slots(1, warp, lane == 0, t == 0)
+    _, _, subs, units = sums_ref.shape
+    found = []
     for sub in range(subs):
         for column in range(2):
             there = column < own.rows and not (own.pieces == 2 and column)
-            beyond = (column * subs + sub) * sums_ref.shape[-1]
-            found.append(Place(sums_ref, (zero, zero, zero, 4 * place), 4, first, beyond) if there else None)
+            found.append(Place(sums_ref, at, 4, slots, (column * subs + sub) * units) if there else None)
     return found
+
+
+def _places_of_pairs(sums_ref, tile: jax.Array | int, s: jax.Array, live: int, own: Plan) -> list[Place]:
+    """For `mma_mins`, the sums of both sub-blocks of unit t in column g (of the first piece of its row)."""
+    warp, g, t, lane = _places(lax.broadcasted_iota(jnp.int32, (32 * own.warps,), 0))
+    has = lane < 4 * live
+    slots = Slots(4 * live, warp * (4 * live) + jnp.minimum(lane, 4 * live - 1), has, has)
+    at = (
+        jnp.broadcast_to(tile, t.shape),
+        g // own.pieces * own.pieces,
+        jnp.zeros_like(t),
+        4 * (s * own.warps + warp) + t,
+    )
+    return [Place(sums_ref, at, 1, slots, sub * sums_ref.shape[-1]) for sub in range(2)]
 
 
 class Ahead:
