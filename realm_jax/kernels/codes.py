@@ -31,13 +31,22 @@ class Codes(NamedTuple):
     words: for each 16 weights, uint32. scales: float32, one for each sub-block of 16 or 32 weights. offsets: the same,
     or none. A weight is scale * (byte - zero) + offset, with `zero` of the format's `Reader`. mins: where offsets are
     whole numbers times one of the four units, instead of them: bytes 2 and 3 of a word, for the two sub-blocks of a
-    unit, and what they are multiplied by.
+    unit, and what they are multiplied by. raised: how far up their bytes the words hold their codes, in bits.
     """
 
     words: list[jax.Array]
     scales: list[jax.Array]
     offsets: list[jax.Array] | None = None
     mins: tuple[jax.Array, jax.Array] | None = None
+    raised: tuple[int, ...] = ()
+
+    def lowered(self) -> list[jax.Array]:
+        """The words, where none is raised."""
+        return (
+            [word >> np.uint32(up) if up else word for word, up in zip(self.words, self.raised, strict=True)]
+            if self.raised
+            else self.words
+        )
 
 
 class Lane(NamedTuple):
@@ -99,7 +108,7 @@ class Lane(NamedTuple):
         thread = lax.broadcasted_iota(jnp.int32, self.row.shape, 0)
         if isinstance(word, jax.Array):
             return Slots(32, thread)
-        return Slots(8, thread // 4, copies=self.t == 0)
+        return Slots(8, thread // 4)
 
     def place(self, count: int) -> jax.Array:
         """The place of each unit in its block of `count`, uint32."""
@@ -196,7 +205,8 @@ def eight_bits(lane: Lane) -> list[jax.Array]:
 
 
 def read_q4_0(lane: Lane) -> Codes:
-    return Codes(four_bits(lane), [scale(lane)])
+    word = lane.read("qs", lane.t)
+    return Codes([word & NIBBLES, word & ~NIBBLES], [scale(lane)], raised=(0, 4))
 
 
 def read_q4_1(lane: Lane) -> Codes:
@@ -336,7 +346,13 @@ def read_tq1_0(lane: Lane) -> Codes:
 
 
 def read_tq2_0(lane: Lane) -> Codes:
-    return Codes(two_bits(lane), [scale(lane)] * 4)
+    words = [lane.read("qs", lane.t + 4 * k) for k in range(2)]
+    raised = tuple(2 * part for part in range(4) for _ in words)
+    return Codes(
+        [word & PAIRS << np.uint32(up) for up, word in zip(raised, 4 * words, strict=True)],
+        [scale(lane)] * 4,
+        raised=raised,
+    )
 
 
 # The IQ formats. A chunk of 32 weights has four entries of 8: lane t has a half of entry t // 2 and of 2 + t // 2.

@@ -131,14 +131,14 @@ def fma(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
     return _asm("fma.rn.f32 $0, $1, $2, $3;", ["=f", "f", "f", "f"], jnp.float32, a, b, c, pack=1)
 
 
-def subtract_halves(pairs: jax.Array, number: int) -> jax.Array:
-    """int32 that are two float16, less a float16 whose bits are `number` from both."""
+def subtract_halves(pairs: jax.Array, number: int, raised: int = 0) -> jax.Array:
+    """int32 that are two float16, divided by 2^raised, less a float16 whose bits are `number`; exact for codes."""
     if pallas.interpreting():
-        halves = lax.bitcast_convert_type(pairs, jnp.float16) - lax.bitcast_convert_type(
-            jnp.uint16(number), jnp.float16
-        )
-        return lax.bitcast_convert_type(halves, jnp.int32)
-    text = f"{{ .reg .b32 z; mov.b32 z, {number | number << 16}; sub.rn.f16x2 $0, $1, z; }}"
+        halves = lax.bitcast_convert_type(pairs >> raised, jnp.float16)
+        return lax.bitcast_convert_type(halves - lax.bitcast_convert_type(jnp.uint16(number), jnp.float16), jnp.int32)
+    down, less = (15 - raised) << 10, number | 0x8000
+    text = f"{{ .reg .b32 f, z; mov.b32 z, {less | less << 16}; mov.b32 f, {down | down << 16}; "
+    text += "add.rn.f16x2 $0, $1, z; }" if not raised else "fma.rn.f16x2 $0, $1, f, z; }"
     return _asm(text, ["=r", "r"], jnp.int32, pairs, pack=1)
 
 

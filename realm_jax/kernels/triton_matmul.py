@@ -15,6 +15,7 @@ Shape key: `M` rows of x, `N` output features, `K` input features, `P` threads o
 import functools
 import math
 from collections.abc import Callable
+from itertools import repeat
 from typing import NamedTuple
 
 import jax
@@ -135,9 +136,7 @@ def _kernel(*refs, own: Plan, format: str, names: tuple[str, ...]) -> None:
 
     def load_pieces(tile: int, block: jax.Array) -> jax.Array:
         at = everywhere(_clipped(first_tile + tile, own)), block, lane_id, item
-        if live == 8:
-            return pallas.load(pieces_ref.at[at])
-        return pallas.load(pieces_ref.at[at], mask=g < live, other=0)
+        return pallas.load(pieces_ref.at[at])
 
     def load_sums(tile: int, sub: int, column: int, place: jax.Array) -> jax.Array:
         if own.pieces == 2 and column:  # a second piece: its sum is in the first
@@ -172,7 +171,13 @@ def _kernel(*refs, own: Plan, format: str, names: tuple[str, ...]) -> None:
             reader.read(lane._replace(taken=iter(items) if items else None))
             for lane, items in zip(lanes(s, False), taken, strict=True)
         ]
-        parts = [[_float16_pairs(word, reader.zero) for word in row.words] for row in rows]
+        parts = [
+            [
+                _float16_pairs(word, reader.zero, up)
+                for word, up in zip(row.words, row.raised or repeat(0), strict=False)
+            ]
+            for row in rows
+        ]
         place = s * own.warps + warp
         for unit in range(4):
             totals = add_unit(unit, rows, parts, x, place, totals)
@@ -228,19 +233,18 @@ def _kernel(*refs, own: Plan, format: str, names: tuple[str, ...]) -> None:
 
 def _places_of_pieces(pieces_ref, s: jax.Array, blocks: int, own: Plan) -> list[Place]:
     """What a step reads of x, where a tile has one or two columns that are not zero."""
-    live = own.rows * own.pieces
+    count = 4 * own.rows * own.pieces  # of lanes that have them; the others have the same, for columns nobody looks at
     warp, _, _, lane = _places(lax.broadcasted_iota(jnp.int32, (32 * own.warps,), 0))
-    has = lane < 4 * live
-    slots = Slots(4 * live, warp * (4 * live) + jnp.minimum(lane, 4 * live - 1), has, has)
+    lane = lane % count
     at = jnp.zeros_like(lane), (s * own.warps + warp) * blocks, lane, jnp.zeros_like(lane)
-    return [Place(pieces_ref, at, 4, slots, 128 * i) for i in range(blocks)]
+    return [Place(pieces_ref, at, 4, Slots(count, warp * count + lane), 128 * i) for i in range(blocks)]
 
 
 def _places_of_sums(sums_ref, s: jax.Array, own: Plan) -> list[Place | None]:
-    """Then the sums of columns 2 t and of columns 2 t + 1, for each sub-block of four units (None: they are zero)."""
-    warp, _, t, lane = _places(lax.broadcasted_iota(jnp.int32, (32 * own.warps,), 0))
+    """Then the sums of column 0 and of column 1, for each sub-block of four units (None: they are zero)."""
+    warp, _, t, _ = _places(lax.broadcasted_iota(jnp.int32, (32 * own.warps,), 0))
     zero = jnp.zeros_like(t)
-    at, slots = (zero, zero, zero, 4 * (s * own.warps + warp)), Slots(1, warp, lane == 0, t == 0)
+    at, slots = (zero, zero, zero, 4 * (s * own.warps + warp)), Slots(1, warp)
     _, _, subs, units = sums_ref.shape
     found = []
     for sub in range(subs):
@@ -253,14 +257,9 @@ def _places_of_sums(sums_ref, s: jax.Array, own: Plan) -> list[Place | None]:
 def _places_of_pairs(sums_ref, tile: jax.Array | int, s: jax.Array, live: int, own: Plan) -> list[Place]:
     """For `mma_mins`, the sums of both sub-blocks of unit t in column g (of the first piece of its row)."""
     warp, g, t, lane = _places(lax.broadcasted_iota(jnp.int32, (32 * own.warps,), 0))
-    has = lane < 4 * live
-    slots = Slots(4 * live, warp * (4 * live) + jnp.minimum(lane, 4 * live - 1), has, has)
-    at = (
-        jnp.broadcast_to(tile, t.shape),
-        g // own.pieces * own.pieces,
-        jnp.zeros_like(t),
-        4 * (s * own.warps + warp) + t,
-    )
+    lane, g, place = lane % (4 * live), g % live, s * own.warps + warp
+    at = jnp.broadcast_to(tile, t.shape), g // own.pieces * own.pieces, jnp.zeros_like(t), 4 * place + t
+    slots = Slots(4 * live, warp * (4 * live) + lane)
     return [Place(sums_ref, at, 1, slots, sub * sums_ref.shape[-1]) for sub in range(2)]
 
 
@@ -306,10 +305,10 @@ def _clipped(tile: jax.Array, own: Plan) -> jax.Array:
     return jnp.minimum(tile, own.tiles - 1) if own.tiles > MOST_TILES else tile
 
 
-def _float16_pairs(word: jax.Array, zero: int) -> tuple[jax.Array, jax.Array]:
-    """Bytes 0 and 2, and 1 and 3, of a word as pairs of float16, (byte - zero) * 2^-24."""
+def _float16_pairs(word: jax.Array, zero: int, raised: int) -> tuple[jax.Array, jax.Array]:
+    """Bytes 0 and 2, and 1 and 3, of a word as pairs of float16, (byte / 2^raised - zero) * 2^-24."""
     pairs = [(half & codes.EVEN).astype(jnp.int32) for half in (word, word >> jnp.uint32(8))]
-    low, high = (fragments.subtract_halves(pair, zero) if zero else pair for pair in pairs)
+    low, high = (fragments.subtract_halves(pair, zero, raised) if zero else pair for pair in pairs)
     return low, high
 
 
