@@ -1,5 +1,6 @@
 """The kernels between the products of a step, on a GPU. New tokens into the cache: bit for bit what XLA does, in place,
-and its time. Addition and norm: what XLA does, the bits of a row whatever is beside it.
+and its time. Addition and norm: what XLA does, the bits of a row whatever is beside it. What they and the gated product
+prepare for the next product: bit for bit what a launch of its own prepares, and the time of both.
 
 REALM_TEST_GPU=1 python -m pytest tests/gpu/test_step_on_gpu.py -q -s
 """
@@ -12,9 +13,13 @@ import numpy as np
 import pytest
 from cache_toys import ROWS, WAYS, cache_of, new_tokens, same, taken
 
-from realm_jax.kernels import triton_cache
+from realm_jax.kernels import triton_cache, triton_gate, triton_norm
+from realm_jax.kernels.operand import Form, operand_of, pieces_of
+from realm_jax.model import Config, Rope, init_params, layers
 from realm_jax.model.cache import DTYPES, UNBROKEN, KVCache
 from realm_jax.model.layers import _add_norm, add_norm
+from realm_jax.model.transformer import run, unembed
+from realm_jax.quant import quantize
 from realm_jax.speed import median_seconds
 
 
@@ -73,3 +78,89 @@ def test_addition_and_norm(dtype, width):
     np.testing.assert_allclose(normed.astype(jnp.float32), want, rtol=jnp.finfo(dtype).eps * 2, atol=1e-6)
     np.testing.assert_array_equal(add_norm(x[5:6], more[5:6], weight, 1e-5)[1], normed[5:6])
     np.testing.assert_array_equal(add_norm(total, None, weight, 1e-5)[1], normed)
+
+
+def prepared_rows(dtype: str, rows: int, width: int) -> tuple:
+    keys = jax.random.split(jax.random.key(rows), 3)
+    x, more = (jax.random.normal(key, (rows, 1, width)).astype(dtype) for key in keys[:2])
+    pieces = pieces_of(dtype)
+    form = Form(pieces, -(-rows * pieces // 8), -(-width // 256) * 8, 64, 32)
+    return x, more, jax.random.normal(keys[2], (width,)), form
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("rows", "width"), [(1, 4096), (8, 14336), (33, 5120), (64, 96), (3, 16384)])
+def test_what_is_prepared_in_the_same_launch(dtype, rows, width):
+    x, more, weight, form = prepared_rows(dtype, rows, width)
+
+    @jax.jit
+    def both(x, more):
+        total, normed, own = triton_norm.add_norm(x, more, weight, eps=1e-5, form=form)
+        product, also = triton_gate.gated(x, more, form=form)
+        apart = triton_norm.add_norm(x, more, weight, eps=1e-5)[:2]
+        return (total, normed, own, also), (*apart, operand_of(normed, form), operand_of(product, form)), product
+
+    for _ in range(20):  # what one thread stores and another loads would not go wrong each time
+        got, want, product = both(x, more)
+        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_array_equal(one, other)
+    gate, up = (np.asarray(part, np.float64) for part in (x, more))
+    exact = gate / (1 + np.exp(-gate)) * up
+    rtol = max(1.01 * float(jnp.finfo(dtype).eps), 1e-6)
+    np.testing.assert_allclose(product.astype(jnp.float32), exact, rtol=rtol, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 64])
+def test_time_of_preparing_in_the_same_launch(rows):
+    """Microseconds of each way, in a loop."""
+    steps = 2000
+
+    def one_launch(x, more, weight, form):
+        return triton_norm.add_norm(x, more, weight, eps=1e-5, form=form)[1:]
+
+    def two_launches(x, more, weight, form):
+        normed = triton_norm.add_norm(x, more, weight, eps=1e-5)[1]
+        return normed, operand_of(normed, form)
+
+    def gated(x, more, _, form):
+        return triton_gate.gated(x, more, form=form)
+
+    def gated_by_xla(x, more, _, form):
+        product = jax.nn.silu(x) * more
+        return product, operand_of(product, form)
+
+    for width, ways in ((4096, (one_launch, two_launches)), (14336, (gated, gated_by_xla))):
+        for way in ways:
+            *arrays, form = prepared_rows("bfloat16", rows, width)
+
+            def step(_, x, way=way, arrays=arrays, form=form):
+                product, operand = way(x, *arrays[1:], form)
+                back = operand.back[:rows, None, None] + operand.pieces[0, 0, 0, 0] + operand.sums[0, 0, 0, 0]
+                return jnp.where(back == 0, x, product)  # so that all of it is wanted
+
+            loop = jax.jit(lambda x, step=step: jax.lax.fori_loop(0, steps, step, x))
+            seconds = median_seconds(loop, arrays[0], repeats=5)
+            print(f"{rows} rows of {width}: {way.__name__} {1e6 * seconds / steps:.2f} us")
+
+
+def test_a_step_has_the_same_bits_with_and_without(monkeypatch):
+    config = Config(
+        architecture="llama", vocab_size=512, context_length=64, layers=2, width=512, ffn_width=1536, heads=8,
+        kv_heads=4, head_width=64, norm_eps=1e-5, rope=Rope(dimensions=64),
+    )  # fmt: skip
+    params = init_params(config, jax.random.key(0))
+    for name in ("Q4_K", "Q2_K"):
+        layered = jax.tree.map(lambda w, name=name: quantize(np.asarray(w), name) if w.ndim == 2 else w, params.layers)
+        own = params.replace(layers=layered, output=quantize(np.asarray(params.embedding), "Q6_K"))
+        for rows in (1, 40):
+            tokens = jnp.arange(rows, dtype=jnp.int32)[:, None]
+
+            def step(tokens, own=own):
+                cache = KVCache.create(config, tokens.shape[0], 64)
+                return unembed(own, config, run(own, config, tokens, cache, dtype=jnp.bfloat16)[0])
+
+            fused = jax.jit(step)(tokens)
+            with monkeypatch.context() as patch:
+                patch.setattr(layers, "with_operand", lambda x, operand, form: x)
+                apart = jax.jit(lambda tokens, step=step: step(tokens))(tokens)
+            np.testing.assert_array_equal(fused, apart)
