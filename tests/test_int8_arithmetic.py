@@ -1,5 +1,6 @@
 """Products in int8 arithmetic: against float64, who gets it, that it stays with the weights, and what it costs."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -19,13 +20,14 @@ from realm_jax.cli.main import run as realm_command
 from realm_jax.decode.draft_models import prepare_draft, self_draft
 from realm_jax.errors import RealmError, RequestError
 from realm_jax.experiment import Run, load_config
-from realm_jax.kernels import choose_impl, delta, matmul, reference
+from realm_jax.kernels import choose_impl, delta, matmul, pallas, reference, triton_int8
 from realm_jax.kernels.matmul import MOST_ROWS
 from realm_jax.model.params import arithmetic_of, for_any_rows
 from realm_jax.quant import FORMATS, QuantizedTensor
 from realm_jax.quantizer import quantize_model
 
 QUICK = ("Q4_0",)  # the others are for test-all
+KERNEL_QUICK = ("Q8_0", "NVFP4")
 TEXT = "the tin in the thin tin, in the inn. " * 12
 
 
@@ -143,6 +145,94 @@ def test_norms_of_dora_stay_floats():
     x, w = product("Q8_0", 2, k=64)
     change = delta.Delta(x, jnp.ones((7, 2)), jnp.float32(1))
     np.testing.assert_array_equal(*(delta.dora_norms(own, change) for own in (w, w.replace(arithmetic="float"))))
+
+
+# --- the kernel for a GPU, in the interpreter ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def interpreter():
+    with pallas.interpreted():
+        yield
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in KERNEL_QUICK else pytest.mark.slow) for name in FORMATS]
+)
+def test_the_kernel(name, interpreter):
+    """Its definition, an odd number of outputs, and that a row has the same bits whatever is beside it."""
+    x, w = product(name, 3, 21, max(256, FORMATS[name].block_size))
+    assert choose_impl(x.shape, w) == "triton_int8"
+    y = matmul(x, w)
+    assert nmse(y, in_integers(x, w)) < 1e-12
+    np.testing.assert_array_equal(matmul(x[2:], w), y[2:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_kernel_in_many_steps(name, interpreter):
+    x, w = product(name, 10, 16, 5 * 1024 + FORMATS[name].block_size)
+    assert nmse(matmul(x, w), in_integers(x, w)) < 1e-12
+
+
+def test_rows_of_the_kernel(interpreter):
+    """The same bits from 1 to 64 rows; rows of any size; not finite; zeros; 16 bits are rounded at the end alone."""
+    x, w = product("Q4_0", 64, 16, 64)
+    x = (x * jnp.ones((64, 1)).at[1].set(1e-30).at[2].set(1e30)).at[3].set(0).astype(jnp.bfloat16)
+    floats = x.astype(jnp.float32)
+    whole = np.asarray(matmul(floats.at[4, 40].set(jnp.nan).at[5, 9].set(-jnp.inf), w))
+    assert np.isnan(whole[4:6]).all() and not whole[3].any()
+    np.testing.assert_array_equal(matmul(floats[-1:], w), whole[-1:])
+    rounded = matmul(x[-9:], w)
+    assert rounded.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(rounded, whole[-9:].astype(jnp.bfloat16))
+    scale = np.float64([[1e30], [1e-30]])
+    want = np.asarray(reference.matmul_int8(floats[1:3], w), np.float64)
+    assert nmse(whole[1:3] * scale, want * scale) < 1e-12
+
+
+@pytest.mark.parametrize("zero", [None, 4])
+def test_what_the_kernel_reads_of_x(zero, interpreter):
+    """Steps and sizes are those of the reference, to the bit; sums are of them."""
+    x = np.random.default_rng(0).standard_normal((3, 256)).astype(np.float32)
+    steps, size = jax.tree.map(np.asarray, reference.int8_steps(x))
+    form = triton_int8.Form(1, 16, 16, zero or 0, offsets=zero is None, mins=False)
+    operand = jax.tree.map(np.asarray, triton_int8.prepare(jnp.asarray(x), form))
+    words = operand.steps[0].reshape(8, 8, 4, 2, 2).transpose(1, 0, 3, 4, 2)  # column, 64, 32, 16, lane
+    np.testing.assert_array_equal(words[:3, :4].copy().view(np.int8).reshape(3, 256), steps)
+    np.testing.assert_array_equal(operand.sizes[0, :3, :8], size)
+    sums = steps.reshape(3, 16, 16).sum(-1, dtype=np.int32)
+    want = np.repeat(size, 2, -1) * sums if zero is None else 1.5 * 2**23 + zero * sums
+    np.testing.assert_array_equal(operand.sums[0, :3, :16], want.astype(np.float32))
+    assert not words[3:].any() and not words[:, 4:].any() and not operand.sizes[0, 3:].any()
+
+
+def test_gradients_and_vmap_of_the_kernel(interpreter):
+    x, w = product("Q8_0", 3, 5, 64)
+    floats = w.replace(arithmetic="float")
+    g = jnp.ones((3, 5)).at[1].set(-2)
+    y, pull = jax.vjp(lambda x: matmul(x, w), x)
+    np.testing.assert_array_equal(pull(g)[0], reference.matmul_transposed(g, floats))
+    np.testing.assert_array_equal(jax.vmap(lambda x: matmul(x, w))(x), y)
+
+
+def test_who_serves_on_a_gpu(interpreter):
+    x, w = product("Q4_0", MOST_ROWS + 1, k=32)
+    assert choose_impl((MOST_ROWS, 32), w) == "triton_int8"
+    assert choose_impl((1, 32), w.replace(arithmetic="float")) == "triton"
+    assert choose_impl(x.shape, w.replace(arithmetic="int8_any_rows")) == "reference_int8"
+    with pytest.raises(RealmError, match=r"x \(65, 32\) by Q4_0 weights \(7, 32\): int8 arithmetic takes 1 to 64 rows"):
+        matmul(x, w, impl="triton_int8")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in KERNEL_QUICK else pytest.mark.slow) for name in FORMATS]
+)
+def test_the_kernel_lowers_for_cuda(name, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    x, w = product(name, 1, 16, 512)
+    lowered = jax.jit(functools.partial(matmul, impl="triton_int8")).trace(x, w).lower(lowering_platforms=("cuda",))
+    assert f"matmul_int8_{name}" in lowered.as_text() and "prepare_int8" in lowered.as_text()
 
 
 # --- models ----------------------------------------------------------------------------------------------------------

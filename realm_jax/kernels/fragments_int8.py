@@ -52,19 +52,72 @@ def add_exact(
         less = EXACT if levels is None else by_column(*levels, level)
         low, high = scales
         row = jnp.stack([low[:, scale], low[:, scale], high[:, scale], high[:, scale]], 1)
-        return fma((sums - less) * row, by_column(*sizes, size), total)
-    counted = (0, 2) if one else range(4)
+        times = by_column(*sizes, size)
+        return jnp.where(times == times, fma((sums - less) * row, times, total), jnp.nan)
     lines = []
+    if levels is None:  # factors have 17 bits at most, so EXACT factor is exact, and this the same to the bit
+        lines += [f"mul.rn.f32 n{row}, ${(8, 12)[row] + scale}, {_hex(-EXACT)};" for row in range(2)]
     for i in range(4):
-        if i not in counted:
+        row, factor, times = i // 2, f"${(8, 12)[i // 2] + scale}", f"${(16, 20)[i % 2] + size}"
+        if one and i % 2:
             lines.append(f"mov.b32 ${i}, 0;")
-            continue
-        less = f"0f{np.float32(EXACT).view(np.int32):08X}" if levels is None else f"${(24, 28)[i % 2] + level}"
-        lines += [f"sub.rn.f32 x, ${4 + i}, {less};", f"mul.rn.f32 x, x, ${(8, 12)[i // 2] + scale};"]
-        lines.append(f"fma.rn.f32 ${i}, x, ${(16, 20)[i % 2] + size}, ${(24 if levels is None else 32) + i};")
+        elif levels is None:
+            lines.append(f"fma.rn.f32 x, ${4 + i}, {factor}, n{row}; fma.rn.f32 ${i}, x, {times}, ${24 + i};")
+        else:
+            lines.append(f"sub.rn.f32 x, ${4 + i}, ${(24, 28)[i % 2] + level}; mul.rn.f32 x, x, {factor};")
+            lines.append(f"fma.rn.f32 ${i}, x, {times}, ${32 + i};")
     operands = [sums, *scales, *sizes, *(levels or ()), total]
-    text = f"{{ .reg .f32 x; {' '.join(lines)} }}"
+    text = f"{{ .reg .f32 x, n0, n1; {' '.join(lines)} }}"
     return _asm(text, ["=&f"] * 4 + ["f"] * 4 * len(operands), jnp.float32, *operands)
+
+
+def _hex(number: float) -> str:
+    """A float32 as PTX writes it."""
+    return f"0f{np.float32(number).view(np.uint32):08X}"
+
+
+def mins(low: Fragment, high: Fragment, t: Fragment) -> Fragment:
+    """Bytes 2 and 3 (below 128) of four words of row g and of row g + 8, as A (16, 8) of `mma_mins`: of a lane its t-th
+    word's, two bfloat16 in an int32; items 0 and 1 are the rows', the others 0."""
+    if pallas.interpreting():
+        own = jnp.stack([jnp.take_along_axis(words, t[:, :1], 1)[:, 0] for words in (low, high)], 1)
+        pairs = jnp.stack([own >> np.uint32(8 * i) & np.uint32(0xFF) for i in (2, 3)], -1).astype(jnp.bfloat16)
+        return jnp.pad(lax.bitcast_convert_type(pairs, jnp.int32), ((0, 0), (0, 2)))
+    # 0x4300 is 128 in bfloat16, and its last bit counts one.
+    text = "{ .reg .pred p, q; .reg .b32 a, b, c, d; setp.lt.u32 p, $12, 2; and.b32 a, $12, 1; setp.eq.u32 q, a, 0; "
+    text += f"mov.b32 c, {0x3F803F80}; mov.b32 d, {0xC300C300}; "
+    for i, w in enumerate((4, 8)):
+        text += f"selp.b32 a, ${w}, ${w + 1}, q; selp.b32 b, ${w + 2}, ${w + 3}, q; selp.b32 a, a, b, p; "
+        text += f"prmt.b32 a, a, 0x43434343, 0x4342; fma.rn.bf16x2 ${i}, a, c, d; "
+    operands = low.astype(jnp.int32), high.astype(jnp.int32), t
+    return _asm(text + "mov.b32 $2, 0; mov.b32 $3, 0; }", ["=&r"] * 4 + ["r"] * 12, jnp.int32, *operands)
+
+
+def pieces_of_pairs(numbers: jax.Array) -> list[jax.Array]:
+    """float32 (n, 2) as three int32 (n,) that each hold two bfloat16, which together are the numbers to the bit."""
+    first = lax.broadcasted_iota(jnp.int32, numbers.shape, 1) == 0
+    pieces = []
+    for _ in range(3):
+        bits = lax.bitcast_convert_type(numbers, jnp.int32) & -65536
+        pieces.append(jnp.sum(jnp.where(first, bits >> 16 & 65535, bits), 1))
+        numbers = numbers - lax.bitcast_convert_type(bits, jnp.float32)
+    return pieces
+
+
+def mma_mins(zero: Fragment, a: Fragment, b: Fragment) -> Fragment:
+    """A B for A (16, 8) of `mins` and B (8, 8), whose `pieces_of_pairs` are items 0 to 2; float32, as `mma`'s sums."""
+    if pallas.interpreting():
+        halves_a, halves_b = (
+            lax.bitcast_convert_type(x, jnp.bfloat16).astype(jnp.float32) for x in (a[:, :2], b[:, :3])
+        )
+        a_wgtri, b_wntpi = halves_a.reshape(-1, 8, 4, 2, 2), halves_b.reshape(-1, 8, 4, 3, 2)
+        sums_wrgn = jnp.einsum("wgtri,wntpi->wrgn", a_wgtri, b_wntpi, precision=lax.Precision.HIGHEST)
+        return sums_wrgn.reshape(-1, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(-1, 4)
+    mma = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"  # A twice along its inner axis, against two pieces
+    text = f"""{{ .reg .b32 n; .reg .f32 a, b, c, d; mov.b32 n, 0;
+        {mma} {{a, b, c, d}}, {{$8, $9, $8, $9}}, {{$14, n}}, {{$4, $5, $6, $7}};
+        {mma} {{$0, $1, $2, $3}}, {{$8, $9, $8, $9}}, {{$12, $13}}, {{a, b, c, d}}; }}"""
+    return _asm(text, ["=f"] * 4 + ["f"] * 4 + ["r"] * 8, jnp.float32, zero, a, b)
 
 
 def round_to_int(x: jax.Array) -> jax.Array:

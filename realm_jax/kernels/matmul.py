@@ -18,7 +18,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 from realm_jax.errors import RealmError
-from realm_jax.kernels import dense, reference, triton_matmul
+from realm_jax.kernels import dense, reference, triton_int8, triton_matmul
 from realm_jax.kernels.operand import Form, Prepared, plain
 from realm_jax.kernels.triton_matmul import MOST_ROWS
 from realm_jax.quant import QuantizedTensor
@@ -82,6 +82,7 @@ def _transposed(y: jax.Array, w: QuantizedTensor) -> jax.Array:
 
 # In the order in which "auto" asks them; the reference serves everything and stands last.
 IMPLEMENTATIONS: dict[str, Implementation] = {
+    "triton_int8": Implementation(_int8(triton_int8.refuses), _few_rows(triton_int8.matmul, int8=True), _transposed),
     "reference_int8": Implementation(
         _int8(lambda x_shape, w: None), _few_rows(reference.matmul_int8, int8=True), _transposed
     ),

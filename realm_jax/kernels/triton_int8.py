@@ -10,6 +10,7 @@ Shape key: `M` rows of x, `N` output features, `K` input features, `P` threads o
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -29,12 +30,14 @@ PREPARED = 32  # blocks of x that a program of `prepare` takes
 
 class Form(NamedTuple):
     """What is wanted of x. tiles: of eight rows. blocks: of 32 inputs, zeros after the last. sub_block: inputs that a
-    sum is over. zero: see `codes.Reader`; None for a format with offsets."""
+    sum is over. zero, offsets, mins: see `codes.Reader`."""
 
     tiles: int
     blocks: int
     sub_block: int
-    zero: int | None
+    zero: int
+    offsets: bool
+    mins: bool
 
 
 class Operand(NamedTuple):
@@ -42,7 +45,8 @@ class Operand(NamedTuple):
 
     steps (tiles, blocks / 2, 32, 4) int32: for each 64 inputs what a lane wants, four steps in a word. sizes (tiles, 8,
     blocks) float32: of a step. sums (tiles, 8, sub-blocks) float32: of the inputs of a sub-block as they are rounded;
-    without offsets, EXACT + zero times the sum of the steps, which is where products begin to count.
+    without offsets, EXACT + zero times the sum of the steps, which is where products begin to count. Where the format
+    has `mins`, of the inputs of each 32, (tiles, blocks / 8, 32, 4) int32: as lanes want them (`mma_mins`).
     """
 
     steps: jax.Array
@@ -63,7 +67,7 @@ def matmul(x: jax.Array, w: QuantizedTensor) -> jax.Array:
     own = triton_matmul.plan(math.prod(x.shape[:-1]), jnp.bfloat16, w)  # one column for each row, whatever its type
     reader = codes.READERS[w.format]
     blocks = own.steps * own.warps * 4 * reader.unit // INT8_BLOCK
-    form = Form(own.tiles, blocks, reader.sub_block, None if has_offsets(reader) else reader.zero)
+    form = Form(own.tiles, blocks, reader.sub_block, reader.zero, reader.offsets, reader.mins)
     prepared = prepare(x.reshape(own.rows, own.width), form)
     planes = {name: w.planes[name] for name in codes.fields(w.format)}
     operands = [*prepared, *planes.values(), *([] if reader.grid is None else [jnp.asarray(reader.grid())])]
@@ -84,10 +88,11 @@ def matmul(x: jax.Array, w: QuantizedTensor) -> jax.Array:
 
 def prepare(x_MK: jax.Array, form: Form) -> Operand:
     """x (M, K), any floating point, rounded. Programs for the rows too that fill up the last tile."""
+    sums = pallas.Shape((form.tiles, COLUMNS, form.blocks * INT8_BLOCK // form.sub_block), jnp.float32)
     shapes = (
         pallas.Shape((form.tiles, form.blocks // 2, 32, 4), jnp.int32),
         pallas.Shape((form.tiles, COLUMNS, form.blocks), jnp.float32),
-        pallas.Shape((form.tiles, COLUMNS, form.blocks * INT8_BLOCK // form.sub_block), jnp.float32),
+        pallas.Shape((form.tiles, form.blocks // 8, 32, 4), jnp.int32) if form.mins else sums,
     )
     grid = form.tiles * COLUMNS, -(-form.blocks // PREPARED)
     body = functools.partial(_prepare, own=form)
@@ -118,27 +123,30 @@ def _prepare(x_ref, steps_ref, sizes_ref, sums_ref, *, own: Form) -> None:
     pallas.store(steps_ref.at[at], jnp.sum((steps & 255) << 8 * i, 3), mask=block < own.blocks)
     tile, column, block = places(shape[:1])
     pallas.store(sizes_ref.at[tile, column, block], size, mask=block < own.blocks)
-    total = jnp.sum(jnp.sum(steps, 3), 2)
+    total = jnp.sum(jnp.sum(steps, 3), 2).astype(jnp.float32)
+    if own.mins:
+        pieces = fragments_int8.pieces_of_pairs((size * jnp.sum(total, 1)).reshape(PREPARED // 2, 2))
+        block = first + 2 * lax.broadcasted_iota(jnp.int32, (PREPARED // 2,), 0)
+        tile, column = (jnp.broadcast_to(j, block.shape) for j in (m // COLUMNS, m % COLUMNS))
+        for i, piece in enumerate(pieces):
+            at = tile, block // 8, 4 * column + block // 2 % 4, jnp.full_like(block, i)
+            pallas.store(sums_ref.at[at], piece, mask=block < own.blocks)
+        return
     if own.sub_block == INT8_BLOCK:
-        at, total, many = (tile, column, block), jnp.sum(total, 1), size
+        at, total = (tile, column, block), jnp.sum(total, 1)
     else:
         tile, column, block, half = places(shape[:2])
-        at, many = (tile, column, 2 * block + half), jnp.broadcast_to(size[:, None], total.shape)
-    total = total.astype(jnp.float32)
-    total = many * total if own.zero is None else fragments_int8.EXACT + own.zero * total
+        at, size = (tile, column, 2 * block + half), jnp.broadcast_to(size[:, None], total.shape)
+    total = size * total if own.offsets else fragments_int8.EXACT + own.zero * total
     pallas.store(sums_ref.at[at], total, mask=block < own.blocks)
 
 
 # --- the product -----------------------------------------------------------------------------------------------------
 
 
-def has_offsets(reader: codes.Reader) -> bool:
-    return reader.offsets or reader.mins
-
-
 class Columns:
-    """What a step reads of x: steps by 64 inputs, sizes by four blocks, sums by four sub-blocks, (P, 4) each, and both
-    of the latter for columns 2 t and for columns 2 t + 1."""
+    """What a step reads of x: steps by 64 inputs, sizes by four blocks, sums by four sub-blocks (for `mins`: all), (P,
+    4) each; sizes and sums for columns 2 t and for columns 2 t + 1."""
 
     def __init__(self, x: Operand, reader: codes.Reader, own: Plan, first_tile: jax.Array) -> None:
         self.x, self.reader, self.own, self.first_tile = x, reader, own, first_tile
@@ -146,9 +154,10 @@ class Columns:
         self.early = self.live <= 2  # it is little: copied ahead of time, too
         blocks, sums = 4 * reader.unit // INT8_BLOCK, 4 * reader.unit // reader.sub_block
         self.blocks, self.sums, self.span = blocks, sums, min(4, blocks)
-        numbers = [("sizes", j) for j in range(-(-blocks // 4))] + [("sums", j) for j in range(sums // 4)]
+        numbers = [("sizes", j) for j in range(-(-blocks // 4))]
+        numbers += [("sums", j) for j in range(0 if reader.mins else sums // 4)]
         columns = range(min(self.live, 2) if self.early else 2)
-        self.keys = [("steps", 0, j) for j in range(blocks // 2)]
+        self.keys = [("steps", 0, j) for j in range(blocks // 2)] + [("mins", 0, 0)] * reader.mins
         self.keys += [(name, column, j) for name, j in numbers for column in columns]
 
     def place(self, key: tuple[str, int, int], s: jax.Array, tile: int) -> Place:
@@ -157,10 +166,12 @@ class Columns:
         group = s * self.own.warps + warp
         zero = jnp.zeros_like(t)
         tile = zero if self.early else zero + triton_matmul._clipped(self.first_tile + tile, self.own)
-        if name == "steps":
+        if name in ("steps", "mins"):
             count = 4 * self.live
             # Other columns are not stored: they may read anything.
             slots = Slots(count, warp * count + jnp.minimum(lane, count - 1), lane < count)
+            if name == "mins":
+                return Place(self.x.sums, (tile, group, lane, zero), 4, slots)
             return Place(self.x.steps, (tile, group * (self.blocks // 2) + j, lane, zero), 4, slots)
         slots = Slots(1, warp, lane == 0)
         column = zero if self.early else 2 * t
@@ -205,17 +216,16 @@ def _kernel(*refs, own: Plan, format: str, names: tuple[str, ...]) -> None:
             reader.read(lane._replace(taken=iter(items) if items else None))
             for lane, items in zip(lanes(s, False), taken, strict=True)
         ]
-        rows = [_with_offsets(row) for row in rows]
         put = dict(zip(columns.keys, x, strict=True)) if columns.early else {}
 
         @functools.cache
         def read(tile: int, *key) -> jax.Array:
             if columns.early:
                 return put.get(key, zero)
-            return read_now(columns.place(key, s, tile))
+            return _read(columns.place(key, s, tile))
 
         return token, tuple(
-            _add_step(total, rows, functools.partial(read, tile), reader, columns.live == 1)
+            _add_step(total, zero, rows, functools.partial(read, tile), reader, columns.live == 1)
             for tile, total in enumerate(totals)
         )
 
@@ -224,16 +234,24 @@ def _kernel(*refs, own: Plan, format: str, names: tuple[str, ...]) -> None:
         _store(y_ref, fragments.sum_over_warps(total, own.warps), first_row, first_tile + tile, own)
 
 
-def _with_offsets(row: codes.Codes) -> codes.Codes:
-    if row.mins is None:
-        return row
-    word, factor = row.mins
-    return row._replace(offsets=codes.times_bytes(factor, [word], range(2, 4)))
+def _read(place: Place) -> jax.Array:
+    """`read_now`, in a way that Triton sees to be four neighbours."""
+    if place.span < 4:
+        return read_now(place)
+    shape = place.at[0].shape[0], 4
+    *at, last = (jnp.broadcast_to(i[:, None], shape) for i in place.at)
+    return pallas.load(place.ref.at[(*at, last + lax.broadcasted_iota(jnp.int32, shape, 1))])
 
 
-def _add_step(total: jax.Array, rows: list[codes.Codes], read, reader: codes.Reader, one: bool) -> jax.Array:
+def _add_step(total, zero, rows: list[codes.Codes], read: Callable, reader: codes.Reader, one: bool) -> jax.Array:
     """total and the products of four units of w, in rows g and g + 8, by a tile of x; read: key -> (P, 4)."""
     per = reader.sub_block // 16
+    words_of_rows = [[word.astype(jnp.int32) for word in row.lowered()] for row in rows]
+    if reader.mins:
+        (low, factor_low), (high, factor_high) = (row.mins for row in rows)
+        t = lax.broadcasted_iota(jnp.int32, total.shape, 0) % 4
+        offsets = fragments_int8.mma_mins(zero, fragments_int8.mins(low, high, t), read("mins", 0, 0))
+        total = fragments.add_scaled(offsets, factor_low, factor_high, total, 0, one)
 
     def both(name: str, j: int) -> tuple[jax.Array, jax.Array]:
         return read(name, 0, j), read(name, 1, j)
@@ -243,12 +261,12 @@ def _add_step(total: jax.Array, rows: list[codes.Codes], read, reader: codes.Rea
             place = unit * (reader.unit // reader.sub_block) + sub  # of the sub-blocks of four units
             block = place * reader.sub_block // INT8_BLOCK
             size = (block % 4) * (2 if reader.unit == 16 else 1)  # two sizes take the places of four
-            a = tuple(row.words[sub * per + i].astype(jnp.int32) for i in range(per) for row in rows)
+            a = tuple(words[sub * per + i] for i in range(per) for words in words_of_rows)
             sums = fragments_int8.mma_int8(a, read("steps", 0, block // 2), unit, place * per % 4)
-            levels = None if has_offsets(reader) else both("sums", place // 4)
+            levels = None if reader.offsets or reader.mins else both("sums", place // 4)
             items = place % 4, unit, size
             total = fragments_int8.add_exact(sums, levels, scales, both("sizes", block // 4), total, items, one)
-            if has_offsets(reader):
+            if reader.offsets:
                 offsets = rows[0].offsets[sub], rows[1].offsets[sub]
                 own = fragments.by_column(*both("sums", place // 4), place % 4)
                 total = fragments.add_scaled(own, *offsets, total, unit, one)
