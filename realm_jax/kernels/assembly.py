@@ -5,10 +5,12 @@ The one place that takes names from JAX's private modules: its Triton lowering h
 """
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax._src.lib.mlir import ir
+from jax._src.lib.mlir.dialects import arith
 from jax._src.lib.triton import dialect as triton
 from jax._src.pallas.triton import lowering
 from jax.extend.core import Primitive
@@ -18,28 +20,50 @@ _assembly = Primitive("assembly")
 _assembly.multiple_results = True
 
 
+class Chosen(NamedTuple):
+    """One of several refs that differ in their first axis alone: number `which`, a scalar of the program."""
+
+    refs: tuple[Any, ...]
+    which: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.refs[0].shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.refs[0].dtype
+
+
+def chosen(refs: tuple[Any, ...], which: jax.Array) -> Any:
+    """A ref, or the choice of one."""
+    return refs[0] if len(refs) == 1 else Chosen(refs, which)
+
+
 def assembly(
     text: str,
     constraints: Sequence[str],
     result: jax.ShapeDtypeStruct,
     *operands: jax.Array,
-    addresses: Sequence[tuple[jax.Array, jax.Array]] = (),
+    addresses: Sequence[tuple[Any, jax.Array]] = (),
     results: int = 1,
     pack: int = 1,
     pure: bool = True,
 ) -> jax.Array:
     """What the text leaves in its results, for each element of the operands, all of one shape.
 
-    addresses: pairs of a ref and a flat place in it (int32, that shape): operands too, before the others, as the
-    address of that item ("l"). results: 1, or 4: then they stand next to each other on a last axis, and all belong to
-    one thread. pack: neighbours on the last axis that one instance of the text takes, and gives. pure: False for what
-    has effects; it keeps its place among others of the kind, but is left out if nobody wants its result.
+    addresses: pairs of a ref (or `Chosen`) and a flat place in it (int32, that shape): operands too, before the others,
+    as the address of that item ("l"). results: 1, or 4: then they stand next to each other on a last axis, and all
+    belong to one thread. pack: neighbours on the last axis that one instance of the text takes, and gives. pure: False
+    for what has effects; it keeps its place among others of the kind, but is left out if nobody wants its result.
     """
-    flat = [one for pair in addresses for one in pair] + list(operands)
-    return _assembly.bind(
-        *flat, text=text, constraints=",".join(constraints), result=result, addresses=len(addresses), results=results,
-        pack=pack, pure=pure,
-    )[0]  # fmt: skip
+    flat, choices = [], []
+    for ref, place in addresses:
+        many = isinstance(ref, Chosen)
+        flat += [*ref.refs, ref.which, place] if many else [ref, place]
+        choices.append(len(ref.refs) if many else 1)
+    static = {"result": result, "choices": tuple(choices), "results": results, "pack": pack, "pure": pure}
+    return _assembly.bind(*flat, *operands, text=text, constraints=",".join(constraints), **static)[0]
 
 
 @_assembly.def_abstract_eval
@@ -48,15 +72,23 @@ def _(*operands, result: jax.ShapeDtypeStruct, results: int, **_static) -> list:
 
 
 @lowering.register_lowering(_assembly)
-def _lower(_context, *operands, text, constraints, result, addresses, results, pack, pure) -> list:
+def _lower(_context, *operands, text, constraints, result, choices, results, pack, pure) -> list:
     dtype = jnp.dtype(result.dtype)
     signless = jnp.dtype(f"int{8 * dtype.itemsize}") if dtype.kind == "u" else dtype
     shape, element = list(result.shape), mlir.dtype_to_ir_type(signless)
-    values = []
-    for ref, place in zip(operands[0 : 2 * addresses : 2], operands[1 : 2 * addresses : 2], strict=True):
-        type = ir.RankedTensorType.get(shape, ref.type)
-        values.append(triton.addptr(type, triton.splat(type, ref), place))
-    values += operands[2 * addresses :]
+    rest, values = list(operands), []
+    for count in choices:
+        refs, rest = rest[:count], rest[count:]
+        pointer = refs[0]
+        if count > 1:
+            which, *rest = rest
+            for number, other in enumerate(refs[1:], 1):
+                same = arith.cmpi(arith.CmpIPredicate.eq, which, arith.constant(which.type, number))
+                pointer = arith.select(same, other, pointer)
+        place, *rest = rest
+        type = ir.RankedTensorType.get(shape, pointer.type)
+        values.append(triton.addptr(type, triton.splat(type, pointer), place))
+    values += rest
     own = ir.RankedTensorType.get(shape, element)
     found = triton.elementwise_inline_asm(
         [own] * results, text, constraints=constraints, pure=pure, packed_element=pack, args=values

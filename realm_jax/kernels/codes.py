@@ -125,7 +125,8 @@ class Lane(NamedTuple):
 
 class Reader(NamedTuple):
     """read: a `Lane` -> `Codes`. unit: weights. sub_block: 16 or 32 weights that share a scale. zero: see `Codes`.
-    offsets, mins: whether there are any. grid: the table that it needs, uint32 (1 or 2 words, entries), or None.
+    offsets, mins: whether there are any. copied: whether all that is read can be copied ahead of time. grid: the table
+    that it needs, uint32 (1 or 2 words, entries), or None.
     """
 
     read: Callable[[Lane], Codes]
@@ -134,6 +135,7 @@ class Reader(NamedTuple):
     zero: int
     offsets: bool = False
     mins: bool = False
+    copied: bool = True
     grid: Callable[[], np.ndarray] | None = None
 
     def units(self, width: int) -> int:
@@ -502,8 +504,8 @@ READERS: dict[str, Reader] = {
     "NVFP4": Reader(read_nvfp4, 16, 16, 128),
     "TQ1_0": Reader(read_tq1_0, 256, 32, 1),
     "TQ2_0": Reader(read_tq2_0, 128, 32, 1),
-    "IQ1_S": Reader(read_iq1_s, 32, 32, 128, grid=grid("IQ1_S", 8, 128)),
-    "IQ1_M": Reader(read_iq1_m, 32, 16, 128, grid=grid("IQ1_S", 8, 128)),
+    "IQ1_S": Reader(read_iq1_s, 32, 32, 128, copied=False, grid=grid("IQ1_S", 8, 128)),
+    "IQ1_M": Reader(read_iq1_m, 32, 16, 128, copied=False, grid=grid("IQ1_S", 8, 128)),
     "IQ2_XXS": Reader(read_iq2_xxs, 32, 32, 128, grid=grid("IQ2_XXS")),
     "IQ2_XS": Reader(read_iq2_xs, 32, 16, 128, grid=grid("IQ2_XS")),
     "IQ2_S": Reader(read_iq2_s, 32, 16, 128, grid=grid("IQ2_S")),

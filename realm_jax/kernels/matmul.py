@@ -127,6 +127,40 @@ def matmul(x: jax.Array | Prepared, w: Weight, *, impl: str = "auto") -> jax.Arr
     return reference.dense_matmul(x, w)
 
 
+def matmul_each(x: jax.Array | Prepared, weights: Sequence[Weight]) -> list[jax.Array]:
+    """`matmul` of x by each of the weights, the same to the bit; in fewer launches where the kernel for few rows serves
+    them all."""
+    if len(weights) == 1 or any(choose_impl(x.shape, w) != "triton" or w.shape[-1] != x.shape[-1] for w in weights):
+        return [matmul(x, w) for w in weights]
+    return list(_packed_matmul_each(plain(x), x, tuple(weights)))
+
+
+@custom_vmap
+def _each(x: jax.Array | Prepared, weights: tuple[QuantizedTensor, ...]) -> tuple[jax.Array, ...]:
+    return tuple(triton_matmul.matmul_each(x, weights))
+
+
+@_each.def_vmap
+def _(size: int, batched: tuple, x: jax.Array | Prepared, weights: tuple) -> tuple[tuple[jax.Array, ...], tuple]:
+    x_axes, axes = jax.tree.map(lambda own: 0 if own else None, tuple(batched))
+    results = (jax.vmap(matmul, (x_axes, w_axes))(x, w) for w, w_axes in zip(weights, axes, strict=True))
+    return tuple(results), (True,) * len(weights)
+
+
+@jax.custom_vjp
+def _packed_matmul_each(x: jax.Array, prepared: jax.Array | Prepared, weights: tuple) -> tuple[jax.Array, ...]:
+    return _each(prepared, weights)
+
+
+def _packed_matmul_each_backward(weights: tuple, changes: tuple[jax.Array, ...]) -> tuple[jax.Array, None, None]:
+    return sum(_transposed(dy, w) for dy, w in zip(changes, weights, strict=True)), None, None
+
+
+_packed_matmul_each.defvjp(
+    lambda x, prepared, weights: (_packed_matmul_each(x, prepared, weights), weights), _packed_matmul_each_backward
+)
+
+
 def _check_serves(impl: str, x_shape: tuple[int, ...], w: Weight) -> None:
     """RealmError, naming format and shape, unless that implementation can serve this call."""
     kind = w.format if isinstance(w, QuantizedTensor) else str(w.dtype)

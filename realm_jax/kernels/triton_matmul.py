@@ -14,7 +14,7 @@ Shape key: `M` rows of x, `N` output features, `K` input features, `P` threads o
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import repeat
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from realm_jax.kernels import codes, fragments, pallas
+from realm_jax.kernels.assembly import chosen
 from realm_jax.kernels.codes import Lane
 from realm_jax.kernels.operand import LOW, Form, Prepared, operand_of, pieces_of
 from realm_jax.kernels.ring import Place, Ring, Slots, Token, read_now, read_one
@@ -96,31 +97,59 @@ def matmul(x: jax.Array | Prepared, w: QuantizedTensor, tiles: Tiles | None = No
     Of float32 x 22 bits of every number count (fewer of one that is 2^29 times smaller than the largest of its row);
     16-bit x is exact. A row of x that is not finite gives NaN.
     """
-    own = plan(math.prod(x.shape[:-1]), x.dtype, w, tiles)
+    return _launch(x, [w], plan(math.prod(x.shape[:-1]), x.dtype, w, tiles))[0]
+
+
+def matmul_each(x: jax.Array | Prepared, weights: Sequence[QuantizedTensor]) -> list[jax.Array]:
+    """`matmul` of x by each of the weights: one launch for those next to each other that can share it."""
+    plans = [plan(math.prod(x.shape[:-1]), x.dtype, w) for w in weights]
+    results, together = [], [0]
+    for i in range(1, len(weights) + 1):
+        if i < len(weights) and _shared(weights[i - 1], plans[i - 1]) == _shared(weights[i], plans[i]) is not None:
+            together.append(i)
+        else:
+            results += _launch(x, [weights[j] for j in together], plans[together[0]])
+            together = [i]
+    return results
+
+
+def _shared(w: QuantizedTensor, own: Plan) -> tuple | None:
+    """What two weights have in common that one launch serves; None: all that a step reads of w must be copied ahead."""
     reader = codes.READERS[w.format]
+    if pallas.interpreting() or not reader.copied or reader.units(own.width) % 4:
+        return None
+    return w.format, own._replace(outputs=0)
+
+
+def _launch(x: jax.Array | Prepared, weights: list[QuantizedTensor], own: Plan) -> list[jax.Array]:
+    """Products by weights of one format and one plan, but for their outputs."""
+    format = weights[0].format
+    reader, names = codes.READERS[format], codes.fields(format)
     prepared = operand_of(x, own.form(reader))
-    planes = {name: w.planes[name] for name in codes.fields(w.format)}
-    operands = [*prepared, *planes.values(), *([] if reader.grid is None else [jnp.asarray(reader.grid())])]
-    tiles = -(-own.tiles // MOST_TILES)
-    y = pallas.call(
-        functools.partial(_kernel, own=own, format=w.format, names=tuple(planes)),
+    planes = [w.planes[name] for w in weights for name in names]
+    operands = [*prepared, *planes, *([] if reader.grid is None else [jnp.asarray(reader.grid())])]
+    outputs = tuple(w.shape[0] for w in weights)
+    results = pallas.call(
+        functools.partial(_kernel, own=own, format=format, outputs=outputs),
         operands,
-        pallas.Shape((own.rows, own.outputs), x.dtype),
-        grid=(-(-own.outputs // ROWS), tiles),
+        tuple(pallas.Shape((own.rows, count), x.dtype) for count in outputs),
+        grid=(sum(-(-count // ROWS) for count in outputs), -(-own.tiles // MOST_TILES)),
         num_warps=own.warps,
         num_stages=1,
-        name=f"matmul_{w.format}",
+        name=f"matmul_{format}",
     )
-    return y.reshape(*x.shape[:-1], own.outputs)
+    return [y.reshape(*x.shape[:-1], -1) for y in results]
 
 
-def _kernel(*refs, own: Plan, format: str, names: tuple[str, ...]) -> None:
-    """One program: ROWS rows of w, all of K, up to MOST_TILES tiles of eight columns."""
-    pieces_ref, sums_ref, back_ref, *plane_refs, y_ref = refs
+def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...]) -> None:
+    """One program: ROWS rows of one of the weights, all of K, up to MOST_TILES tiles of eight columns."""
+    pieces_ref, sums_ref, back_ref, *plane_refs = refs[: -len(outputs)]
     reader = codes.READERS[format]
-    planes = dict(zip(names, plane_refs, strict=False))
-    grid = plane_refs[-1] if reader.grid else None
-    first_row, first_tile = pallas.program_id(0) * ROWS, pallas.program_id(1) * MOST_TILES
+    grid = plane_refs.pop() if reader.grid else None
+    which, first_row, most = _own_rows(outputs)
+    names = codes.fields(format)
+    planes = {name: chosen(tuple(plane_refs[i :: len(names)]), which) for i, name in enumerate(names)}
+    first_tile = pallas.program_id(1) * MOST_TILES
     tiles = min(own.tiles, MOST_TILES)
     units = reader.units(own.width)
     thread, item = (lax.broadcasted_iota(jnp.int32, (32 * own.warps, 4), axis) for axis in (0, 1))
@@ -149,7 +178,7 @@ def _kernel(*refs, own: Plan, format: str, names: tuple[str, ...]) -> None:
         own_thread = lax.broadcasted_iota(jnp.int32, thread.shape[:1], 0) if flat else thread
         warp, g, t, _ = _places(own_thread)
         group = jnp.minimum(s * own.warps + warp, (units - 1) // 4)
-        rows = [jnp.minimum(first_row + g + 8 * i, own.outputs - 1) for i in range(2)]
+        rows = [jnp.minimum(first_row + g + 8 * i, most - 1) for i in range(2)]
         return [Lane(planes, row, group, jnp.zeros_like(t) if flat else item, t, units, grid) for row in rows]
 
     def places(s: jax.Array) -> list[list[Place | None]]:
@@ -228,7 +257,21 @@ def _kernel(*refs, own: Plan, format: str, names: tuple[str, ...]) -> None:
     _, totals = lax.fori_loop(0, own.steps, step, (ahead.begin(), (zero,) * tiles))
     for tile, total in enumerate(totals):
         total = fragments.sum_over_warps(total, own.warps)
-        _store(y_ref, back_ref, total, first_row, first_tile + tile, own)
+        for number, y_ref in enumerate(refs[-len(outputs) :]):
+            _store(y_ref, back_ref, total, first_row, first_tile + tile, own, which == number)
+
+
+def _own_rows(outputs: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Which of the weights a program multiplies by, from which row on, and how many rows that has."""
+    program = pallas.program_id(0)
+    which, first, most, start = jnp.int32(0), program, jnp.int32(outputs[0]), 0
+    for number, count in enumerate(outputs[:-1], 1):
+        start += -(-count // ROWS)
+        beyond = program >= start
+        which = jnp.where(beyond, number, which)
+        first = jnp.where(beyond, program - start, first)
+        most = jnp.where(beyond, outputs[number], most)
+    return which, first * ROWS, most
 
 
 def _places_of_pieces(pieces_ref, s: jax.Array, blocks: int, own: Plan) -> list[Place]:
@@ -312,8 +355,8 @@ def _float16_pairs(word: jax.Array, zero: int, raised: int) -> tuple[jax.Array, 
     return low, high
 
 
-def _store(y_ref, back_ref, total: jax.Array, row: jax.Array, tile: jax.Array, own: Plan) -> None:
-    """The sums of a tile of columns, from `row` of w, as results: pieces joined, scaling undone."""
+def _store(y_ref, back_ref, total: jax.Array, row: jax.Array, tile: jax.Array, own: Plan, here: jax.Array) -> None:
+    """If `here`, the sums of a tile of columns, from `row` of w, as results: pieces joined, scaling undone."""
     count = 4 // own.pieces
     thread, item = (lax.broadcasted_iota(jnp.int32, (len(total), count), axis) for axis in (0, 1))
     if own.pieces == 2:
@@ -322,6 +365,6 @@ def _store(y_ref, back_ref, total: jax.Array, row: jax.Array, tile: jax.Array, o
     _, g, t, _ = _places(thread)
     m = tile * (8 // own.pieces) + (t if own.pieces == 2 else 2 * t + item % 2)
     n = row + g + 8 * (item // (count // 2))
-    inside = (m < own.rows) & (n < own.outputs) & (thread < 32)
+    inside = (m < own.rows) & (n < y_ref.shape[1]) & (thread < 32) & here
     back = pallas.load(back_ref.at[jnp.minimum(m, own.rows - 1)])
     pallas.store(y_ref.at[m, n], (total * 2.0**24 * back).astype(y_ref.dtype), mask=inside)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from realm_jax.kernels import triton_cache, triton_gate, triton_norm
 from realm_jax.kernels.attention import attention
 from realm_jax.kernels.delta import Deltas, add_deltas, add_embedding_deltas
-from realm_jax.kernels.matmul import matmul, wanted_form
+from realm_jax.kernels.matmul import matmul, matmul_each, wanted_form
 from realm_jax.kernels.operand import Form, Prepared, plain, with_operand
 from realm_jax.model.cache import KeyValues, KVCache
 from realm_jax.model.config import Config
@@ -52,8 +52,13 @@ def embed(w_VD: Weight, tokens_BT: jax.Array, deltas: Deltas = None) -> jax.Arra
 
 def linear(x: jax.Array | Prepared, w: Weight, bias: jax.Array | None = None, deltas: Deltas = None) -> jax.Array:
     """x @ w.T with what its deltas add, + bias: x (..., K), w (N, K) in any format, bias (N,) or None."""
+    return _finished(matmul(x, w), x, bias, deltas)
+
+
+def _finished(y: jax.Array, x: jax.Array | Prepared, bias: jax.Array | None, deltas: Deltas) -> jax.Array:
+    """A product y of x, with what its deltas add, + bias."""
     # The barrier keeps what follows out of the product, so that its bits are the same with deltas and without.
-    y = add_deltas(jax.lax.optimization_barrier(matmul(x, w)), plain(x), deltas)
+    y = add_deltas(jax.lax.optimization_barrier(y), plain(x), deltas)
     return y if bias is None else y + bias.astype(y.dtype)
 
 
@@ -68,10 +73,26 @@ def project(
 
     deltas: the same block of an adapter's tree. observe: is told of x first.
     """
+    return project_each(x, weights, (name,), deltas, observe)[0]
+
+
+def project_each(
+    x: jax.Array | Prepared,
+    weights: Attention | FeedForward,
+    names: tuple[str, ...],
+    deltas: Attention | FeedForward | None = None,
+    observe: Observe | None = None,
+) -> list[jax.Array]:
+    """`project` of the same x by several weights of a block, in fewer launches where a kernel can."""
     if observe is not None:
-        observe(name, plain(x))
-    own = None if deltas is None else getattr(deltas, name)
-    return linear(x, getattr(weights, name), getattr(weights, f"{name}_bias"), own)
+        for name in names:
+            observe(name, plain(x))
+    changes = [None if deltas is None else getattr(deltas, name) for name in names]
+    products = matmul_each(x, [getattr(weights, name) for name in names])
+    return [
+        _finished(y, x, getattr(weights, f"{name}_bias"), change)
+        for y, name, change in zip(products, names, changes, strict=True)
+    ]
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -139,10 +160,8 @@ def project_qkv(
     """Normed input -> queries (B, T, H, C), keys and values (B, T, K, C), none of them rotated."""
     B, T, _ = x_BTD.shape
     C = config.head_width
-    q_BTHC = project(x_BTD, w, "q", deltas, observe).reshape(B, T, config.heads, C)
-    k_BTKC = project(x_BTD, w, "k", deltas, observe).reshape(B, T, config.kv_heads, C)
-    v_BTKC = project(x_BTD, w, "v", deltas, observe).reshape(B, T, config.kv_heads, C)
-    return q_BTHC, k_BTKC, v_BTKC
+    q, k, v = project_each(x_BTD, w, ("q", "k", "v"), deltas, observe)
+    return q.reshape(B, T, config.heads, C), *(y.reshape(B, T, config.kv_heads, C) for y in (k, v))
 
 
 def rotate_into(
@@ -216,5 +235,5 @@ def feed_forward(
     observe: Observe | None = None,
 ) -> jax.Array:
     """Normed input -> gated feed-forward network with SiLU (Shazeer 2020), (B, T, D)."""
-    gate_BTF, up_BTF = (project(x_BTD, w, name, deltas, observe) for name in ("gate", "up"))
+    gate_BTF, up_BTF = project_each(x_BTD, w, ("gate", "up"), deltas, observe)
     return project(gated(gate_BTF, up_BTF, w.down), w, "down", deltas, observe)
