@@ -168,12 +168,12 @@ class Columns:
         tile = zero if self.early else zero + triton_matmul._clipped(self.first_tile + tile, self.own)
         if name in ("steps", "mins"):
             count = 4 * self.live
-            # Other columns are not stored: they may read anything.
-            slots = Slots(count, warp * count + jnp.minimum(lane, count - 1), lane < count)
+            lane = lane % count  # other columns have the same: nobody looks at them
+            slots = Slots(count, warp * count + lane)
             if name == "mins":
                 return Place(self.x.sums, (tile, group, lane, zero), 4, slots)
             return Place(self.x.steps, (tile, group * (self.blocks // 2) + j, lane, zero), 4, slots)
-        slots = Slots(1, warp, lane == 0)
+        slots = Slots(1, warp)
         column = zero if self.early else 2 * t
         if name == "sizes":
             return Place(self.x.sizes, (tile, column + key[1], group * self.blocks + 4 * j), self.span, slots)
