@@ -4,8 +4,9 @@ Kernel bodies say what they compute in plain `jax.numpy`; what only the backend 
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,21 +65,51 @@ def call(
 ) -> Any:
     """`body(*operand refs, *output refs)` once for every point of the grid, as one launch; every ref is a whole array.
 
-    out_shape: a `Shape` or a tuple of them; what comes back has its structure. grid: at most three axes, the first one
-    varies fastest. aliases: which operand's buffer an output takes over, with what is in it.
+    body: a function, or a `functools.partial` of one with hashable arguments. out_shape: a `Shape` or a tuple of them;
+    what comes back has its structure. grid: at most three axes, the first one varies fastest. aliases: which operand's
+    buffer an output takes over, with what is in it.
     """
-    whole = jax.tree.map(lambda _: pl.no_block_spec, out_shape)
+    own = body if isinstance(body, functools.partial) else functools.partial(body)
+    launch = Launch(
+        (own.func, own.args, tuple(own.keywords.items())),
+        out_shape,
+        grid,
+        num_warps,
+        num_stages,
+        tuple((aliases or {}).items()),
+        name,
+        _interpreting,
+    )
+    return _traced_once(launch, *operands)
+
+
+class Launch(NamedTuple):
+    """All that is static of a call: equal ones are traced once for operands of the same types."""
+
+    body: tuple[Callable[..., None], tuple, tuple]
+    out_shape: Any
+    grid: tuple[int, ...]
+    num_warps: int
+    num_stages: int
+    aliases: tuple[tuple[int, int], ...]
+    name: str | None
+    interpret: bool
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _traced_once(launch: Launch, *operands: jax.Array) -> Any:
+    func, args, keywords = launch.body
     return pl.pallas_call(
-        body,
-        out_shape=out_shape,
-        grid=grid,
+        functools.partial(func, *args, **dict(keywords)),
+        out_shape=launch.out_shape,
+        grid=launch.grid,
         in_specs=[pl.no_block_spec] * len(operands),
-        out_specs=whole,
-        input_output_aliases=aliases or {},
+        out_specs=jax.tree.map(lambda _: pl.no_block_spec, launch.out_shape),
+        input_output_aliases=dict(launch.aliases),
         # Without these parameters Pallas takes the Mosaic backend.
-        compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages),
-        interpret=_interpreting,
-        name=name,
+        compiler_params=plt.CompilerParams(num_warps=launch.num_warps, num_stages=launch.num_stages),
+        interpret=launch.interpret,
+        name=launch.name,
     )(*operands)
 
 
