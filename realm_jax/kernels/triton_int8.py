@@ -46,7 +46,7 @@ class Operand(NamedTuple):
     steps (tiles, blocks / 2, 32, 4) int32: for each 64 inputs what a lane wants, four steps in a word. sizes (tiles, 8,
     blocks) float32: of a step. sums (tiles, 8, sub-blocks) float32: of the inputs of a sub-block as they are rounded;
     without offsets, EXACT + zero times the sum of the steps, which is where products begin to count. Where the format
-    has `mins`, of the inputs of each 32, (tiles, blocks / 8, 32, 4) int32: as lanes want them (`mma_mins`).
+    has `mins`, of each 32 inputs, (tiles, blocks / 8, 32, 4) int32: as lanes want them, three words (`mma_mins`).
     """
 
     steps: jax.Array
@@ -151,7 +151,8 @@ class Columns:
     def __init__(self, x: Operand, reader: codes.Reader, own: Plan, first_tile: jax.Array) -> None:
         self.x, self.reader, self.own, self.first_tile = x, reader, own, first_tile
         self.live = min(own.rows, COLUMNS)
-        self.early = self.live <= 2  # it is little: copied ahead of time, too
+        # It is little: copied ahead of time, too. Of units of 256 it would be so much that layouts are converted.
+        self.early = self.live <= 2 and reader.unit < 256
         blocks, sums = 4 * reader.unit // INT8_BLOCK, 4 * reader.unit // reader.sub_block
         self.blocks, self.sums, self.span = blocks, sums, min(4, blocks)
         numbers = [("sizes", j) for j in range(-(-blocks // 4))]
@@ -224,10 +225,7 @@ def _kernel(*refs, own: Plan, format: str, names: tuple[str, ...]) -> None:
                 return put.get(key, zero)
             return _read(columns.place(key, s, tile))
 
-        return token, tuple(
-            _add_step(total, zero, rows, functools.partial(read, tile), reader, columns.live == 1)
-            for tile, total in enumerate(totals)
-        )
+        return token, _add_step(totals, zero, rows, read, reader, columns.live == 1)
 
     _, totals = lax.fori_loop(0, own.steps, step, (ahead.begin(), (zero,) * tiles))
     for tile, total in enumerate(totals):
@@ -243,18 +241,19 @@ def _read(place: Place) -> jax.Array:
     return pallas.load(place.ref.at[(*at, last + lax.broadcasted_iota(jnp.int32, shape, 1))])
 
 
-def _add_step(total, zero, rows: list[codes.Codes], read: Callable, reader: codes.Reader, one: bool) -> jax.Array:
-    """total and the products of four units of w, in rows g and g + 8, by a tile of x; read: key -> (P, 4)."""
-    per = reader.sub_block // 16
+def _add_step(totals: tuple, zero, rows: list[codes.Codes], read: Callable, reader: codes.Reader, one: bool) -> tuple:
+    """totals, of tiles of x, and the products of four units of w, in rows g and g + 8; read: tile, key -> (P, 4)."""
+    totals, per = list(totals), reader.sub_block // 16
     words_of_rows = [[word.astype(jnp.int32) for word in row.lowered()] for row in rows]
     if reader.mins:
         (low, factor_low), (high, factor_high) = (row.mins for row in rows)
-        t = lax.broadcasted_iota(jnp.int32, total.shape, 0) % 4
-        offsets = fragments_int8.mma_mins(zero, fragments_int8.mins(low, high, t), read("mins", 0, 0))
-        total = fragments.add_scaled(offsets, factor_low, factor_high, total, 0, one)
+        a = fragments_int8.mins(low, high, lax.broadcasted_iota(jnp.int32, zero.shape, 0) % 4)
+        for tile, total in enumerate(totals):
+            offsets = fragments_int8.mma_mins(zero, a, read(tile, "mins", 0, 0))
+            totals[tile] = fragments.add_scaled(offsets, factor_low, factor_high, total, 0, one)
 
-    def both(name: str, j: int) -> tuple[jax.Array, jax.Array]:
-        return read(name, 0, j), read(name, 1, j)
+    def both(tile: int, name: str, j: int) -> tuple[jax.Array, jax.Array]:
+        return read(tile, name, 0, j), read(tile, name, 1, j)
 
     for unit in range(4):
         for sub, scales in enumerate(zip(rows[0].scales, rows[1].scales, strict=True)):
@@ -262,15 +261,17 @@ def _add_step(total, zero, rows: list[codes.Codes], read: Callable, reader: code
             block = place * reader.sub_block // INT8_BLOCK
             size = (block % 4) * (2 if reader.unit == 16 else 1)  # two sizes take the places of four
             a = tuple(words[sub * per + i] for i in range(per) for words in words_of_rows)
-            sums = fragments_int8.mma_int8(a, read("steps", 0, block // 2), unit, place * per % 4)
-            levels = None if reader.offsets or reader.mins else both("sums", place // 4)
             items = place % 4, unit, size
-            total = fragments_int8.add_exact(sums, levels, scales, both("sizes", block // 4), total, items, one)
-            if reader.offsets:
-                offsets = rows[0].offsets[sub], rows[1].offsets[sub]
-                own = fragments.by_column(*both("sums", place // 4), place % 4)
-                total = fragments.add_scaled(own, *offsets, total, unit, one)
-    return total
+            for tile, total in enumerate(totals):
+                sums = fragments_int8.mma_int8(a, read(tile, "steps", 0, block // 2), unit, place * per % 4)
+                levels = None if reader.offsets or reader.mins else both(tile, "sums", place // 4)
+                sizes = both(tile, "sizes", block // 4)
+                totals[tile] = fragments_int8.add_exact(sums, levels, scales, sizes, total, items, one)
+                if reader.offsets:
+                    offsets = rows[0].offsets[sub], rows[1].offsets[sub]
+                    own = fragments.by_column(*both(tile, "sums", place // 4), place % 4)
+                    totals[tile] = fragments.add_scaled(own, *offsets, totals[tile], unit, one)
+    return tuple(totals)
 
 
 def _store(y_ref, total: jax.Array, row: jax.Array, tile: jax.Array, own: Plan) -> None:
