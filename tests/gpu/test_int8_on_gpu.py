@@ -30,3 +30,12 @@ def test_a_row_depends_on_no_other(name, dtype):
     assert beside.dtype == dtype and np.isnan(beside[2:4]).all()
     others = [0, 4, 5, 6, 7]
     np.testing.assert_array_equal(np.asarray(beside.astype(jnp.float32))[others], y[others])
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q4_1", "NVFP4", "TQ1_0"])
+def test_a_row_has_the_same_bits_among_few_and_many(name):
+    x, w = product(name, 64, 256, 2048)
+    assert choose_impl(x.shape, w) == "triton_int8"
+    whole = np.asarray(matmul(x, w))
+    for rows in (1, 2, 9):
+        np.testing.assert_array_equal(np.asarray(matmul(x[-rows:], w)), whole[-rows:])
