@@ -32,7 +32,7 @@ from realm_jax.quant.tensor import QuantizedTensor
 
 MOST_ROWS = 64
 MOST_TILES = 4  # column tiles of a program; more would not fit its registers
-ROWS = 16  # of w, of a program
+ROWS = 16  # of w, that are multiplied at once
 
 
 class Plan(NamedTuple):
@@ -40,7 +40,7 @@ class Plan(NamedTuple):
 
     rows, width, outputs: M, K, N. pieces: columns that a row of x takes. warps: of a program; they take turns along a
     row, `steps` times a group of four units each. tiles: of eight columns. stages: steps that a warp reads ahead, with
-    the one it is at; fewer, if they do not fit.
+    the one it is at; fewer, if they do not fit. sixteens: of rows of w, of a program.
     """
 
     rows: int
@@ -51,6 +51,7 @@ class Plan(NamedTuple):
     steps: int
     tiles: int
     stages: int
+    sixteens: int
 
     def form(self, reader: codes.Reader) -> Form:
         """What is wanted of x; the same for most formats, and then prepared once."""
@@ -82,7 +83,10 @@ def plan(rows: int, dtype: jnp.dtype, w: QuantizedTensor, tiles: Tiles | None = 
     warps = min(tiles.warps, 2 if reader.unit > 64 else 16, 1 << groups.bit_length() - 1)
     pieces = pieces_of(dtype)
     steps = -(-groups // warps)
-    return Plan(rows, width, outputs, pieces, warps, steps, -(-rows * pieces // 8), min(tiles.stages, steps))
+    columns = -(-rows * pieces // 8)
+    # With many columns x is most of what is read, from the second-level cache; more rows of w share it.
+    sixteens = 2 if columns > 1 and outputs > ROWS else 1
+    return Plan(rows, width, outputs, pieces, warps, steps, columns, min(tiles.stages, steps), sixteens)
 
 
 def form_of(x: jax.Array, w: QuantizedTensor) -> Form:
@@ -133,7 +137,7 @@ def _launch(x: jax.Array | Prepared, weights: list[QuantizedTensor], own: Plan) 
         functools.partial(_kernel, own=own, format=format, outputs=outputs),
         operands,
         tuple(pallas.Shape((own.rows, count), x.dtype) for count in outputs),
-        grid=(sum(-(-count // ROWS) for count in outputs), -(-own.tiles // MOST_TILES)),
+        grid=(sum(-(-count // (ROWS * own.sixteens)) for count in outputs), -(-own.tiles // MOST_TILES)),
         num_warps=own.warps,
         num_stages=1,
         name=f"matmul_{format}",
@@ -142,11 +146,11 @@ def _launch(x: jax.Array | Prepared, weights: list[QuantizedTensor], own: Plan) 
 
 
 def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...]) -> None:
-    """One program: ROWS rows of one of the weights, all of K, up to MOST_TILES tiles of eight columns."""
+    """One program: some sixteens of rows of one of the weights, all of K, up to MOST_TILES tiles of eight columns."""
     pieces_ref, sums_ref, back_ref, *plane_refs = refs[: -len(outputs)]
     reader = codes.READERS[format]
     grid = plane_refs.pop() if reader.grid else None
-    which, first_row, most = _own_rows(outputs)
+    which, first_row, most = _own_rows(outputs, ROWS * own.sixteens)
     names = codes.fields(format)
     planes = {name: chosen(tuple(plane_refs[i :: len(names)]), which) for i, name in enumerate(names)}
     first_tile = pallas.program_id(1) * MOST_TILES
@@ -174,11 +178,11 @@ def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...]) -> None:
         return pallas.load(sums_ref.at[at])
 
     def lanes(s: jax.Array, flat: bool) -> list[Lane]:
-        """Where a step is in rows g and g + 8: for items (P, 4), or `flat`, for the first of each thread (P,)."""
+        """Where a step is in rows g and g + 8 of each sixteen: for items (P, 4), or `flat`, for the first (P,)."""
         own_thread = lax.broadcasted_iota(jnp.int32, thread.shape[:1], 0) if flat else thread
         warp, g, t, _ = _places(own_thread)
         group = jnp.minimum(s * own.warps + warp, (units - 1) // 4)
-        rows = [jnp.minimum(first_row + g + 8 * i, most - 1) for i in range(2)]
+        rows = [jnp.minimum(first_row + g + 8 * i, most - 1) for i in range(2 * own.sixteens)]
         return [Lane(planes, row, group, jnp.zeros_like(t) if flat else item, t, units, grid) for row in rows]
 
     def places(s: jax.Array) -> list[list[Place | None]]:
@@ -209,69 +213,72 @@ def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...]) -> None:
         ]
         place = s * own.warps + warp
         for unit in range(4):
-            totals = add_unit(unit, rows, parts, x, place, totals)
+            for sub in range(reader.unit // reader.sub_block):
+                add_sub_block(unit, sub, rows, parts, x, place, totals)
         return token, add_mins(rows, x, s, totals) if reader.mins else totals
 
-    def add_mins(rows: list, x: list, s: jax.Array, totals: tuple) -> tuple:
-        a = fragments.mins(rows[0].mins[0], rows[1].mins[0], t)
+    def add_mins(rows: list, x: list, s: jax.Array, totals: list) -> list:
         odd = g % 2 if own.pieces == 2 else None  # columns of second pieces take the second pieces of sums
         factors = [row.mins[1] * (2.0**24 / fragments.SUM_SCALE) for row in rows]
-        for part in range(3 - own.pieces):
-            scaled = [factor * LOW for factor in factors] if part else factors
-            added = []
-            for tile, total in enumerate(totals):
-                sums = x[blocks:] if early else [read_one(place) for place in sums_places(tile, s)]
-                dots = fragments.mma_mins(zero, a, fragments.sum_pairs(*sums, odd), part)
-                added.append(fragments.add_scaled(dots, *scaled, total, 0, live == 1))
-            totals = tuple(added)
+        mins = [fragments.mins(low.mins[0], high.mins[0], t) for low, high in pairs_of(rows)]
+        for tile in range(tiles):
+            sums = x[blocks:] if early else [read_one(place) for place in sums_places(tile, s)]
+            sums = fragments.sum_pairs(*sums, odd)
+            for part in range(3 - own.pieces):
+                for i, (a, both) in enumerate(zip(mins, pairs_of(factors), strict=True)):
+                    scaled = [factor * LOW for factor in both] if part else both
+                    dots = fragments.mma_mins(zero, a, sums, part)
+                    totals[i][tile] = fragments.add_scaled(dots, *scaled, totals[i][tile], 0, live == 1)
         return totals
 
-    def add_unit(unit: int, rows: list, parts: list, x: list, place: jax.Array, totals: tuple) -> tuple:
+    def add_sub_block(unit: int, sub: int, rows: list, parts: list, x: list, place: jax.Array, totals: list) -> None:
+        """What one sub-block of a unit adds; x is read once for all rows."""
         per = reader.sub_block // 16
-        for sub, scale in enumerate(zip(rows[0].scales, rows[1].scales, strict=True)):
-            dots = [zero] * tiles
-            for sixteen in range(sub * per, sub * per + per):
-                a = tuple(parts[row][sixteen][pair] for pair in range(2) for row in range(2))
-                at = unit * (reader.unit // 16) + sixteen  # of the 16s of four units
-                for tile in range(tiles):
-                    pieces = x[at // 2] if early else load_pieces(tile, place * blocks + at // 2)
-                    dots[tile] = fragments.mma(dots[tile], a, pieces, unit, at % 2)
-            totals = tuple(
-                fragments.add_scaled(dot, *scale, total, unit, live == 1)
-                for dot, total in zip(dots, totals, strict=True)
-            )
-            if reader.offsets:
-                offsets = rows[0].offsets[sub], rows[1].offsets[sub]
-                sums = [fragments.by_column(*sums_of(tile, sub, x, place), unit) for tile in range(tiles)]
-                totals = tuple(
-                    fragments.add_scaled(own, *offsets, total, unit, live == 1)
-                    for own, total in zip(sums, totals, strict=True)
-                )
-        return totals
+        sixteens = range(sub * per, sub * per + per)
+        for tile in range(tiles):
+            ats = [unit * (reader.unit // 16) + sixteen for sixteen in sixteens]  # of the 16s of four units
+            pieces = [x[at // 2] if early else load_pieces(tile, place * blocks + at // 2) for at in ats]
+            sums = fragments.by_column(*sums_of(tile, sub, x, place), unit) if reader.offsets else None
+            for i, (low, high) in enumerate(pairs_of(list(zip(rows, parts, strict=True)))):
+                dot, total = zero, totals[i][tile]
+                for sixteen, at, own_pieces in zip(sixteens, ats, pieces, strict=True):
+                    a = tuple(row[sixteen][pair] for pair in range(2) for _, row in (low, high))
+                    dot = fragments.mma(dot, a, own_pieces, unit, at % 2)
+                total = fragments.add_scaled(dot, low[0].scales[sub], high[0].scales[sub], total, unit, live == 1)
+                if reader.offsets:
+                    offsets = low[0].offsets[sub], high[0].offsets[sub]
+                    total = fragments.add_scaled(sums, *offsets, total, unit, live == 1)
+                totals[i][tile] = total
 
     def sums_of(tile: int, sub: int, x: list, place: jax.Array) -> list[jax.Array]:
         if not early:
             return [load_sums(tile, sub, column, place) for column in range(2)]
         return [zero if items is None else items for items in x[blocks + 2 * sub : blocks + 2 * sub + 2]]
 
-    _, totals = lax.fori_loop(0, own.steps, step, (ahead.begin(), (zero,) * tiles))
-    for tile, total in enumerate(totals):
-        total = fragments.sum_over_warps(total, own.warps)
-        for number, y_ref in enumerate(refs[-len(outputs) :]):
-            _store(y_ref, back_ref, total, first_row, first_tile + tile, own, which == number)
+    _, totals = lax.fori_loop(0, own.steps, step, (ahead.begin(), [[zero] * tiles for _ in range(own.sixteens)]))
+    for i, of_tiles in enumerate(totals):
+        for tile, total in enumerate(of_tiles):
+            total = fragments.sum_over_warps(total, own.warps)
+            for number, y_ref in enumerate(refs[-len(outputs) :]):
+                _store(y_ref, back_ref, total, first_row + ROWS * i, first_tile + tile, own, which == number)
 
 
-def _own_rows(outputs: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
+def pairs_of(items: list) -> list[tuple]:
+    """What belongs to rows g and g + 8 of each sixteen."""
+    return list(zip(items[::2], items[1::2], strict=True))
+
+
+def _own_rows(outputs: tuple[int, ...], each: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Which of the weights a program multiplies by, from which row on, and how many rows that has."""
     program = pallas.program_id(0)
     which, first, most, start = jnp.int32(0), program, jnp.int32(outputs[0]), 0
     for number, count in enumerate(outputs[:-1], 1):
-        start += -(-count // ROWS)
+        start += -(-count // each)
         beyond = program >= start
         which = jnp.where(beyond, number, which)
         first = jnp.where(beyond, program - start, first)
         most = jnp.where(beyond, outputs[number], most)
-    return which, first * ROWS, most
+    return which, first * each, most
 
 
 def _places_of_pieces(pieces_ref, s: jax.Array, blocks: int, own: Plan) -> list[Place]:
