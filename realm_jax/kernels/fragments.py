@@ -147,9 +147,7 @@ def byte_after_two_to_23(word: jax.Array, which: int) -> jax.Array:
     if pallas.interpreting():
         bits = word >> np.uint32(8 * which) & np.uint32(0xFF) | np.uint32(0x4B000000)
         return lax.bitcast_convert_type(bits, jnp.float32)
-    # prmt takes one constant. The other stays in a register, since ptxas does not know that %nsmid is below 2^30.
-    high = "mov.u32 h, %nsmid; shr.u32 h, h, 30; or.b32 h, h, 0x4B000000;"
-    text = f"{{ .reg .b32 h; {high} prmt.b32 $0, $1, h, {0x7440 | which}; }}"
+    text = f"prmt.b32 $0, $1, 0x4B000000, {0x7440 | which};"
     return _asm(text, ["=f", "r"], jnp.float32, word.astype(jnp.int32), pack=1)
 
 

@@ -25,7 +25,8 @@ class Slots(NamedTuple):
     """Which threads of a warp copy an item, where to, and which read it.
 
     count: of places in a warp. own: which one a thread copies to and reads from (P,). copies, reads: whether it does,
-    bool (P,), or None for all; one that does not read has 0.
+    bool (P,), or None for all; one that does not read has 0. Threads that copy the same cost as if it were different;
+    so only one of them should. Slots of a ring with the same count have the same `copies`.
     """
 
     count: int
@@ -89,10 +90,17 @@ class Ring:
         """Begin to copy what step `step` will read, if `live` (a scalar); one stage, wanted or not."""
         stage = self._stage(step)
         live = jnp.broadcast_to(live, token.shape)
-        for place, start in zip(places, self.starts, strict=True):
-            own = live if place.slots.copies is None else live & place.slots.copies
-            token = _copy(token, place, place.slots.own * place.nbytes + stage, start, own.astype(jnp.int32))
+        for group in self._groups(places):
+            copies = group[0][0].slots.copies
+            token = _copy(token, group, stage, (live if copies is None else live & copies).astype(jnp.int32))
         return _asm("cp.async.commit_group;", ["=r", "0"], token, pure=False)
+
+    def _groups(self, places: list[Place]) -> list[list[tuple[Place, int]]]:
+        """Places that the same threads copy, and where they start in a stage: under one condition each."""
+        groups: dict[int, list[tuple[Place, int]]] = {}
+        for place, start in zip(places, self.starts, strict=True):
+            groups.setdefault(0 if place.slots.copies is None else place.slots.count, []).append((place, start))
+        return list(groups.values())
 
     def wait(self, token: Token) -> Token:
         """Until the oldest stage is there, after the newest was put."""
@@ -135,16 +143,29 @@ def read_one(place: Place) -> jax.Array:
     return _asm(text, constraints, reads, addresses=[(place.ref, place.index)], results=4, dtype=place.ref.dtype)
 
 
-def _copy(token: Token, place: Place, offset: jax.Array, start: int, live: jax.Array) -> Token:
-    nbytes, index = place.nbytes, place.index
-    if place.span * place.ref.dtype.itemsize < 4:
-        index = index & -2  # the pair that an item of two bytes is in
-    beyond = place.beyond * place.ref.dtype.itemsize
-    way = "cg" if nbytes == 16 else "ca"
-    text = f"""{{ .reg .b32 to; .reg .pred p; setp.ne.b32 p, $4, 0; add.u32 to, $0, $3;
-        @p cp.async.{way}.shared.global [to + {start}], [$1 + {beyond}], {nbytes}; }}"""
-    constraints = ["=r", "l", "0", "r", "r"]
-    return _asm(text, constraints, token, offset, live, addresses=[(place.ref, index)], pure=False)
+def _copy(token: Token, group: list[tuple[Place, int]], stage: jax.Array, live: jax.Array) -> Token:
+    """Copies under one condition: so their code needs no more than one branch."""
+    addresses, targets = {}, {}
+    for place, _ in group:
+        addresses.setdefault((id(place.ref), *map(id, place.at)), (place.ref, _index_to_copy(place)))
+        targets.setdefault((id(place.slots.own), place.nbytes), place.slots.own * place.nbytes + stage)
+    first = 1 + len(addresses)  # operands: the result, addresses, token, condition, targets
+    lines = [f".reg .b32 to; .reg .pred p; setp.ne.b32 p, ${first + 1}, 0;"]
+    for place, start in group:
+        source = 1 + list(addresses).index((id(place.ref), *map(id, place.at)))
+        target = first + 2 + list(targets).index((id(place.slots.own), place.nbytes))
+        way, beyond = "cg" if place.nbytes == 16 else "ca", place.beyond * place.ref.dtype.itemsize
+        lines.append(f"""add.u32 to, $0, ${target};
+            @p cp.async.{way}.shared.global [to + {start}], [${source} + {beyond}], {place.nbytes};""")
+    constraints = ["=&r", *["l"] * len(addresses), "0", *["r"] * (1 + len(targets))]
+    operands = token, live, *targets.values()
+    text = f"{{ {' '.join(lines)} }}"
+    return _asm(text, constraints, *operands, addresses=list(addresses.values()), pure=False)
+
+
+def _index_to_copy(place: Place) -> jax.Array:
+    """Of items of two bytes, the pair that it is in."""
+    return place.index & -2 if place.span * place.ref.dtype.itemsize < 4 else place.index
 
 
 def _read(address: jax.Array, start: int, place: Place) -> jax.Array:

@@ -59,7 +59,7 @@ def find(format: str, outputs: int, inputs: int) -> Tiles:
 
 def rule(outputs: int) -> Tiles:
     """The tile sizes of what no file names."""
-    return Tiles(8 if outputs <= FEW_OUTPUTS else 4, 3, 64)
+    return Tiles(8 if outputs <= FEW_OUTPUTS else 4, 2, 64)
 
 
 def shape_class(outputs: int, inputs: int) -> str:

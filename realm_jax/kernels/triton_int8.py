@@ -21,9 +21,10 @@ from realm_jax.kernels import codes, fragments, fragments_int8, pallas, triton_m
 from realm_jax.kernels.codes import Lane
 from realm_jax.kernels.reference import INT8_BLOCK
 from realm_jax.kernels.ring import Place, Slots, read_now
-from realm_jax.kernels.triton_matmul import MOST_ROWS, MOST_TILES, ROWS, Ahead, Plan
+from realm_jax.kernels.triton_matmul import MOST_ROWS, ROWS, Ahead, Plan
 from realm_jax.quant.tensor import QuantizedTensor
 
+MOST_TILES = 4  # of columns, of a program
 COLUMNS = 8  # of a tile; a row of x takes one
 PREPARED = 32  # blocks of x that a program of `prepare` takes
 

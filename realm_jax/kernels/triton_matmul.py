@@ -31,8 +31,7 @@ from realm_jax.kernels.tiles import Tiles, find
 from realm_jax.quant.tensor import QuantizedTensor
 
 MOST_ROWS = 64
-MOST_TILES = 4  # column tiles of a program; more would not fit its registers
-ROWS = 16  # of w, that are multiplied at once
+ROWS = 16  # of w, of a program
 
 
 class Plan(NamedTuple):
@@ -40,7 +39,7 @@ class Plan(NamedTuple):
 
     rows, width, outputs: M, K, N. pieces: columns that a row of x takes. warps: of a program; they take turns along a
     row, `steps` times a group of four units each. tiles: of eight columns. stages: steps that a warp reads ahead, with
-    the one it is at; fewer, if they do not fit. sixteens: of rows of w, of a program.
+    the one it is at; fewer, if they do not fit.
     """
 
     rows: int
@@ -51,13 +50,18 @@ class Plan(NamedTuple):
     steps: int
     tiles: int
     stages: int
-    sixteens: int
 
     def form(self, reader: codes.Reader) -> Form:
         """What is wanted of x; the same for most formats, and then prepared once."""
         blocks = self.steps * self.warps * 4 * reader.unit // 32
         unit, sub_block = (reader.unit, reader.sub_block) if reader.offsets else (64, 32)  # as `mins` want it
         return Form(self.pieces, self.tiles, blocks, unit, sub_block)
+
+
+def most_tiles(format: str) -> int:
+    """How many column tiles fit in a program's registers."""
+    reader = codes.READERS[format]
+    return 2 if reader.offsets and reader.sub_block == 16 else 8
 
 
 def refuses(x_shape: tuple[int, ...], w: QuantizedTensor) -> str | None:
@@ -83,10 +87,7 @@ def plan(rows: int, dtype: jnp.dtype, w: QuantizedTensor, tiles: Tiles | None = 
     warps = min(tiles.warps, 2 if reader.unit > 64 else 16, 1 << groups.bit_length() - 1)
     pieces = pieces_of(dtype)
     steps = -(-groups // warps)
-    columns = -(-rows * pieces // 8)
-    # With many columns x is most of what is read, from the second-level cache; more rows of w share it.
-    sixteens = 2 if columns > 1 and outputs > ROWS else 1
-    return Plan(rows, width, outputs, pieces, warps, steps, columns, min(tiles.stages, steps), sixteens)
+    return Plan(rows, width, outputs, pieces, warps, steps, -(-rows * pieces // 8), min(tiles.stages, steps))
 
 
 def form_of(x: jax.Array, w: QuantizedTensor) -> Form:
@@ -137,7 +138,7 @@ def _launch(x: jax.Array | Prepared, weights: list[QuantizedTensor], own: Plan) 
         functools.partial(_kernel, own=own, format=format, outputs=outputs),
         operands,
         tuple(pallas.Shape((own.rows, count), x.dtype) for count in outputs),
-        grid=(sum(-(-count // (ROWS * own.sixteens)) for count in outputs), -(-own.tiles // MOST_TILES)),
+        grid=(sum(-(-count // ROWS) for count in outputs), -(-own.tiles // most_tiles(format))),
         num_warps=own.warps,
         num_stages=1,
         name=f"matmul_{format}",
@@ -146,15 +147,15 @@ def _launch(x: jax.Array | Prepared, weights: list[QuantizedTensor], own: Plan) 
 
 
 def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...]) -> None:
-    """One program: some sixteens of rows of one of the weights, all of K, up to MOST_TILES tiles of eight columns."""
+    """One program: ROWS rows of one of the weights, all of K, up to `most_tiles` tiles of eight columns."""
     pieces_ref, sums_ref, back_ref, *plane_refs = refs[: -len(outputs)]
     reader = codes.READERS[format]
     grid = plane_refs.pop() if reader.grid else None
-    which, first_row, most = _own_rows(outputs, ROWS * own.sixteens)
+    which, first_row, most = _own_rows(outputs)
     names = codes.fields(format)
     planes = {name: chosen(tuple(plane_refs[i :: len(names)]), which) for i, name in enumerate(names)}
-    first_tile = pallas.program_id(1) * MOST_TILES
-    tiles = min(own.tiles, MOST_TILES)
+    first_tile = pallas.program_id(1) * most_tiles(format)
+    tiles = min(own.tiles, most_tiles(format))
     units = reader.units(own.width)
     thread, item = (lax.broadcasted_iota(jnp.int32, (32 * own.warps, 4), axis) for axis in (0, 1))
     warp, g, t, lane_id = _places(thread)
@@ -178,11 +179,11 @@ def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...]) -> None:
         return pallas.load(sums_ref.at[at])
 
     def lanes(s: jax.Array, flat: bool) -> list[Lane]:
-        """Where a step is in rows g and g + 8 of each sixteen: for items (P, 4), or `flat`, for the first (P,)."""
+        """Where a step is in rows g and g + 8: for items (P, 4), or `flat`, for the first (P,)."""
         own_thread = lax.broadcasted_iota(jnp.int32, thread.shape[:1], 0) if flat else thread
         warp, g, t, _ = _places(own_thread)
         group = jnp.minimum(s * own.warps + warp, (units - 1) // 4)
-        rows = [jnp.minimum(first_row + g + 8 * i, most - 1) for i in range(2 * own.sixteens)]
+        rows = [jnp.minimum(first_row + g + 8 * i, most - 1) for i in range(2)]
         return [Lane(planes, row, group, jnp.zeros_like(t) if flat else item, t, units, grid) for row in rows]
 
     def places(s: jax.Array) -> list[list[Place | None]]:
@@ -218,83 +219,75 @@ def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...]) -> None:
         return token, add_mins(rows, x, s, totals) if reader.mins else totals
 
     def add_mins(rows: list, x: list, s: jax.Array, totals: list) -> list:
+        a = fragments.mins(rows[0].mins[0], rows[1].mins[0], t)
         odd = g % 2 if own.pieces == 2 else None  # columns of second pieces take the second pieces of sums
         factors = [row.mins[1] * (2.0**24 / fragments.SUM_SCALE) for row in rows]
-        mins = [fragments.mins(low.mins[0], high.mins[0], t) for low, high in pairs_of(rows)]
         for tile in range(tiles):
             sums = x[blocks:] if early else [read_one(place) for place in sums_places(tile, s)]
             sums = fragments.sum_pairs(*sums, odd)
             for part in range(3 - own.pieces):
-                for i, (a, both) in enumerate(zip(mins, pairs_of(factors), strict=True)):
-                    scaled = [factor * LOW for factor in both] if part else both
-                    dots = fragments.mma_mins(zero, a, sums, part)
-                    totals[i][tile] = fragments.add_scaled(dots, *scaled, totals[i][tile], 0, live == 1)
+                scaled = [factor * LOW for factor in factors] if part else factors
+                dots = fragments.mma_mins(zero, a, sums, part)
+                totals[tile] = fragments.add_scaled(dots, *scaled, totals[tile], 0, live == 1)
         return totals
 
     def add_sub_block(unit: int, sub: int, rows: list, parts: list, x: list, place: jax.Array, totals: list) -> None:
-        """What one sub-block of a unit adds; x is read once for all rows."""
-        per = reader.sub_block // 16
-        sixteens = range(sub * per, sub * per + per)
-        for tile in range(tiles):
-            ats = [unit * (reader.unit // 16) + sixteen for sixteen in sixteens]  # of the 16s of four units
-            pieces = [x[at // 2] if early else load_pieces(tile, place * blocks + at // 2) for at in ats]
-            sums = fragments.by_column(*sums_of(tile, sub, x, place), unit) if reader.offsets else None
-            for i, (low, high) in enumerate(pairs_of(list(zip(rows, parts, strict=True)))):
-                dot, total = zero, totals[i][tile]
-                for sixteen, at, own_pieces in zip(sixteens, ats, pieces, strict=True):
-                    a = tuple(row[sixteen][pair] for pair in range(2) for _, row in (low, high))
-                    dot = fragments.mma(dot, a, own_pieces, unit, at % 2)
-                total = fragments.add_scaled(dot, low[0].scales[sub], high[0].scales[sub], total, unit, live == 1)
-                if reader.offsets:
-                    offsets = low[0].offsets[sub], high[0].offsets[sub]
-                    total = fragments.add_scaled(sums, *offsets, total, unit, live == 1)
-                totals[i][tile] = total
+        """What one sub-block of a unit adds to the totals."""
+        sixteens = reader.sub_block // 16
+        low, high = rows
+        for tile, total in enumerate(totals):
+            dot = zero
+            for sixteen in range(sub * sixteens, sub * sixteens + sixteens):
+                at = unit * (reader.unit // 16) + sixteen  # of the 16s of four units
+                pieces = x[at // 2] if early else load_pieces(tile, place * blocks + at // 2)
+                a = tuple(part[sixteen][pair] for pair in range(2) for part in parts)
+                dot = fragments.mma(dot, a, pieces, unit, at % 2)
+            total = fragments.add_scaled(dot, low.scales[sub], high.scales[sub], total, unit, live == 1)
+            if reader.offsets:
+                sums = fragments.by_column(*sums_of(tile, sub, x, place), unit)
+                total = fragments.add_scaled(sums, low.offsets[sub], high.offsets[sub], total, unit, live == 1)
+            totals[tile] = total
 
     def sums_of(tile: int, sub: int, x: list, place: jax.Array) -> list[jax.Array]:
         if not early:
             return [load_sums(tile, sub, column, place) for column in range(2)]
         return [zero if items is None else items for items in x[blocks + 2 * sub : blocks + 2 * sub + 2]]
 
-    _, totals = lax.fori_loop(0, own.steps, step, (ahead.begin(), [[zero] * tiles for _ in range(own.sixteens)]))
-    for i, of_tiles in enumerate(totals):
-        for tile, total in enumerate(of_tiles):
-            total = fragments.sum_over_warps(total, own.warps)
-            for number, y_ref in enumerate(refs[-len(outputs) :]):
-                _store(y_ref, back_ref, total, first_row + ROWS * i, first_tile + tile, own, which == number)
+    _, totals = lax.fori_loop(0, own.steps, step, (ahead.begin(), [zero] * tiles))
+    for tile, total in enumerate(totals):
+        total = fragments.sum_over_warps(total, own.warps)
+        for number, y_ref in enumerate(refs[-len(outputs) :]):
+            _store(y_ref, back_ref, total, first_row, first_tile + tile, own, which == number)
 
 
-def pairs_of(items: list) -> list[tuple]:
-    """What belongs to rows g and g + 8 of each sixteen."""
-    return list(zip(items[::2], items[1::2], strict=True))
-
-
-def _own_rows(outputs: tuple[int, ...], each: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _own_rows(outputs: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Which of the weights a program multiplies by, from which row on, and how many rows that has."""
     program = pallas.program_id(0)
     which, first, most, start = jnp.int32(0), program, jnp.int32(outputs[0]), 0
     for number, count in enumerate(outputs[:-1], 1):
-        start += -(-count // each)
+        start += -(-count // ROWS)
         beyond = program >= start
         which = jnp.where(beyond, number, which)
         first = jnp.where(beyond, program - start, first)
         most = jnp.where(beyond, outputs[number], most)
-    return which, first * each, most
+    return which, first * ROWS, most
 
 
 def _places_of_pieces(pieces_ref, s: jax.Array, blocks: int, own: Plan) -> list[Place]:
     """What a step reads of x, where a tile has one or two columns that are not zero."""
     count = 4 * own.rows * own.pieces  # of lanes that have them; the others have the same, for columns nobody looks at
     warp, _, _, lane = _places(lax.broadcasted_iota(jnp.int32, (32 * own.warps,), 0))
-    lane = lane % count
+    has, lane = lane < count, lane % count
     at = jnp.zeros_like(lane), (s * own.warps + warp) * blocks, lane, jnp.zeros_like(lane)
-    return [Place(pieces_ref, at, 4, Slots(count, warp * count + lane), 128 * i) for i in range(blocks)]
+    slots = Slots(count, warp * count + lane, copies=has)
+    return [Place(pieces_ref, at, 4, slots, 128 * i) for i in range(blocks)]
 
 
 def _places_of_sums(sums_ref, s: jax.Array, own: Plan) -> list[Place | None]:
     """Then the sums of column 0 and of column 1, for each sub-block of four units (None: they are zero)."""
-    warp, _, t, _ = _places(lax.broadcasted_iota(jnp.int32, (32 * own.warps,), 0))
+    warp, _, t, lane = _places(lax.broadcasted_iota(jnp.int32, (32 * own.warps,), 0))
     zero = jnp.zeros_like(t)
-    at, slots = (zero, zero, zero, 4 * (s * own.warps + warp)), Slots(1, warp)
+    at, slots = (zero, zero, zero, 4 * (s * own.warps + warp)), Slots(1, warp, copies=lane == 0)
     _, _, subs, units = sums_ref.shape
     found = []
     for sub in range(subs):
@@ -307,9 +300,9 @@ def _places_of_sums(sums_ref, s: jax.Array, own: Plan) -> list[Place | None]:
 def _places_of_pairs(sums_ref, tile: jax.Array | int, s: jax.Array, live: int, own: Plan) -> list[Place]:
     """For `mma_mins`, the sums of both sub-blocks of unit t in column g (of the first piece of its row)."""
     warp, g, t, lane = _places(lax.broadcasted_iota(jnp.int32, (32 * own.warps,), 0))
-    lane, g, place = lane % (4 * live), g % live, s * own.warps + warp
+    has, lane, g, place = lane < 4 * live, lane % (4 * live), g % live, s * own.warps + warp
     at = jnp.broadcast_to(tile, t.shape), g // own.pieces * own.pieces, jnp.zeros_like(t), 4 * place + t
-    slots = Slots(4 * live, warp * (4 * live) + lane)
+    slots = Slots(4 * live, warp * (4 * live) + lane, copies=has)
     return [Place(sums_ref, at, 1, slots, sub * sums_ref.shape[-1]) for sub in range(2)]
 
 
@@ -352,7 +345,7 @@ def _places(thread: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Arr
 
 def _clipped(tile: jax.Array, own: Plan) -> jax.Array:
     """Programs of the last tiles may have fewer of them: they repeat the last, and do not store it."""
-    return jnp.minimum(tile, own.tiles - 1) if own.tiles > MOST_TILES else tile
+    return jnp.minimum(tile, own.tiles - 1)
 
 
 def _float16_pairs(word: jax.Array, zero: int, raised: int) -> tuple[jax.Array, jax.Array]:
