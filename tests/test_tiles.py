@@ -55,7 +55,7 @@ def test_every_shape_has_a_class():
 @pytest.mark.parametrize(("outputs", "warps"), [(1, 8), (8192, 8), (8193, 4), (128256, 4)])
 def test_what_no_file_names_has_the_rule(monkeypatch, outputs, warps):
     on(monkeypatch, "a device that nobody measured")
-    assert tiles.find("IQ1_M", outputs, 4096) == Tiles(warps, 3, 64)
+    assert tiles.find("IQ1_M", outputs, 4096) == Tiles(warps, 2, 64)
 
 
 def test_the_device_comes_before_the_default_and_the_default_before_the_rule(own_file, monkeypatch):
