@@ -14,8 +14,9 @@ from test_matmul import nmse
 from test_quant_formats import random_blocks, random_weights
 
 from realm_jax.errors import RealmError
-from realm_jax.kernels import choose_impl, codes, matmul, pallas, reference
-from realm_jax.kernels.ring import read_now
+from realm_jax.kernels import choose_impl, codes, matmul, pallas, reference, triton_matmul
+from realm_jax.kernels.operand import shapes
+from realm_jax.kernels.ring import Ring, read_now
 from realm_jax.quant import FORMATS, QuantizedTensor
 
 
@@ -168,3 +169,38 @@ def test_what_is_copied_ahead_is_what_readers_read(name, monkeypatch):
     quickly_compiled = jax.jit(kernel, compiler_options={"xla_backend_optimization_level": 0})
     np.testing.assert_array_equal(quickly_compiled(list(operands.values())), 0)
     assert copied[0] >= 2
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "dtype"),
+    [
+        ("Q4_K", 1, jnp.float32),
+        ("Q4_1", 2, jnp.bfloat16),
+        pytest.param("Q6_K", 1, jnp.bfloat16, marks=pytest.mark.slow),
+    ],
+)
+def test_lanes_that_copy_together_fill_every_slot(name, rows, dtype):
+    """Of w, and of x where it has one or two columns: places of a group are copied by the same lanes, and those reach
+    all slots."""
+    reader, x, w = codes.READERS[name], jnp.zeros((rows, 1024), dtype), random_weights(name, 16, 1024, seed=1)
+    own = triton_matmul.plan(rows, dtype, w)
+    pieces, sums, _ = (jnp.zeros(shape.shape, shape.dtype) for shape in shapes(triton_matmul.form_of(x, w)))
+    thread = jnp.arange(32 * own.warps, dtype=jnp.int32)
+    lane = codes.Lane(dict(w.planes), 0 * thread, 0 * thread, 0 * thread, thread % 4, reader.units(1024))
+    places = [place for place in codes.places(reader, lane) if place is not None]
+    step, live = jnp.int32(0), rows * own.pieces
+    places += triton_matmul._places_of_pieces(pieces, step, 4 * reader.unit // 32, own)
+    if reader.mins:
+        places += triton_matmul._places_of_pairs(sums, 0, step, live, own)
+    elif reader.offsets:
+        places += [place for place in triton_matmul._places_of_sums(sums, step, own) if place]
+    groups = Ring(places, own.warps, 2)._groups(places)
+    assert len(groups) >= 2
+    for group in groups:
+        lanes = [place.slots.copies for place, _ in group]
+        for (place, _), copies in zip(group, lanes, strict=True):
+            assert (copies is None) == (lanes[0] is None)
+            if copies is not None:
+                np.testing.assert_array_equal(copies, lanes[0])
+            reached = place.slots.own if copies is None else place.slots.own[np.asarray(copies)]
+            assert set(reached.tolist()) == set(range(own.warps * place.slots.count))

@@ -108,7 +108,7 @@ class Lane(NamedTuple):
         thread = lax.broadcasted_iota(jnp.int32, self.row.shape, 0)
         if isinstance(word, jax.Array):
             return Slots(32, thread)
-        return Slots(8, thread // 4, copies=self.t == 0)
+        return Slots(8, thread // 4, copies=self.t == 0, name="t is 0")
 
     def place(self, count: int) -> jax.Array:
         """The place of each unit in its block of `count`, uint32."""

@@ -26,13 +26,14 @@ class Slots(NamedTuple):
 
     count: of places in a warp. own: which one a thread copies to and reads from (P,). copies, reads: whether it does,
     bool (P,), or None for all; one that does not read has 0. Threads that copy the same cost as if it were different;
-    so only one of them should. Slots of a ring with the same count have the same `copies`.
+    so only one of them should. name: of `copies`; places of a ring that have the same name have the same.
     """
 
     count: int
     own: jax.Array
     copies: jax.Array | None = None
     reads: jax.Array | None = None
+    name: str = ""
 
 
 class Place(NamedTuple):
@@ -97,9 +98,9 @@ class Ring:
 
     def _groups(self, places: list[Place]) -> list[list[tuple[Place, int]]]:
         """Places that the same threads copy, and where they start in a stage: under one condition each."""
-        groups: dict[int, list[tuple[Place, int]]] = {}
+        groups: dict[str, list[tuple[Place, int]]] = {}
         for place, start in zip(places, self.starts, strict=True):
-            groups.setdefault(0 if place.slots.copies is None else place.slots.count, []).append((place, start))
+            groups.setdefault(place.slots.name, []).append((place, start))
         return list(groups.values())
 
     def wait(self, token: Token) -> Token:

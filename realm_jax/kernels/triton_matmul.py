@@ -61,7 +61,7 @@ class Plan(NamedTuple):
 def most_tiles(format: str) -> int:
     """How many column tiles fit in a program's registers."""
     reader = codes.READERS[format]
-    return 2 if reader.offsets and reader.sub_block == 16 else 8
+    return 8 if reader.sub_block == 32 else 2 if reader.offsets else 4
 
 
 def refuses(x_shape: tuple[int, ...], w: QuantizedTensor) -> str | None:
@@ -279,7 +279,7 @@ def _places_of_pieces(pieces_ref, s: jax.Array, blocks: int, own: Plan) -> list[
     warp, _, _, lane = _places(lax.broadcasted_iota(jnp.int32, (32 * own.warps,), 0))
     has, lane = lane < count, lane % count
     at = jnp.zeros_like(lane), (s * own.warps + warp) * blocks, lane, jnp.zeros_like(lane)
-    slots = Slots(count, warp * count + lane, copies=has)
+    slots = Slots(count, warp * count + lane, copies=has, name="columns")
     return [Place(pieces_ref, at, 4, slots, 128 * i) for i in range(blocks)]
 
 
@@ -287,7 +287,7 @@ def _places_of_sums(sums_ref, s: jax.Array, own: Plan) -> list[Place | None]:
     """Then the sums of column 0 and of column 1, for each sub-block of four units (None: they are zero)."""
     warp, _, t, lane = _places(lax.broadcasted_iota(jnp.int32, (32 * own.warps,), 0))
     zero = jnp.zeros_like(t)
-    at, slots = (zero, zero, zero, 4 * (s * own.warps + warp)), Slots(1, warp, copies=lane == 0)
+    at, slots = (zero, zero, zero, 4 * (s * own.warps + warp)), Slots(1, warp, copies=lane == 0, name="lane 0")
     _, _, subs, units = sums_ref.shape
     found = []
     for sub in range(subs):
@@ -302,7 +302,7 @@ def _places_of_pairs(sums_ref, tile: jax.Array | int, s: jax.Array, live: int, o
     warp, g, t, lane = _places(lax.broadcasted_iota(jnp.int32, (32 * own.warps,), 0))
     has, lane, g, place = lane < 4 * live, lane % (4 * live), g % live, s * own.warps + warp
     at = jnp.broadcast_to(tile, t.shape), g // own.pieces * own.pieces, jnp.zeros_like(t), 4 * place + t
-    slots = Slots(4 * live, warp * (4 * live) + lane, copies=has)
+    slots = Slots(4 * live, warp * (4 * live) + lane, copies=has, name="columns")
     return [Place(sums_ref, at, 1, slots, sub * sums_ref.shape[-1]) for sub in range(2)]
 
 
@@ -311,7 +311,8 @@ class Ahead:
 
     def __init__(self, places: Callable[[jax.Array], list[list[Place | None]]], own: Plan) -> None:
         self.places, self.own = places, own
-        self.ring = None if pallas.interpreting() else Ring(self._copied(jnp.int32(0)), own.warps, own.stages)
+        copied = [] if pallas.interpreting() else self._copied(jnp.int32(0))
+        self.ring = Ring(copied, own.warps, own.stages) if copied else None
         self.ahead = 0 if self.ring is None else self.ring.stages - 1
 
     def _copied(self, step: jax.Array) -> list[Place]:
@@ -330,9 +331,11 @@ class Ahead:
 
     def next(self, token: Token | None, step: jax.Array) -> tuple[Token | None, list[list[jax.Array | None]]]:
         """Each list of what `step` reads (None: was not put), after a later step is begun."""
-        if self.ring is None:
+        if self.ring is None and pallas.interpreting():
             *rows, x = self.places(step)
             return None, [*([] for _ in rows), [place and read_now(place) for place in x]]
+        if self.ring is None:
+            return None, self.places(step)  # None, all of them
         token = self.ring.wait(self._put(token, step + self.ahead))
         items = iter(self.ring.take(token, step, self._copied(step)))
         return token, [[place and next(items) for place in found] for found in self.places(step)]
