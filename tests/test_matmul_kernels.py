@@ -14,7 +14,7 @@ from test_matmul import nmse
 from test_quant_formats import random_blocks, random_weights
 
 from realm_jax.errors import RealmError
-from realm_jax.kernels import choose_impl, codes, matmul, pallas, reference, triton_matmul
+from realm_jax.kernels import ahead, choose_impl, codes, lanes, matmul, pallas, reference, triton_matmul
 from realm_jax.kernels.operand import shapes
 from realm_jax.kernels.ring import Ring, read_now
 from realm_jax.quant import FORMATS, QuantizedTensor
@@ -128,14 +128,14 @@ def bits(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
 
 
-def lane_of(name: str, refs: dict, width: int, outputs: int, shape: tuple[int, ...]) -> codes.Lane:
+def lane_of(name: str, refs: dict, width: int, outputs: int, shape: tuple[int, ...]) -> lanes.Lane:
     """Threads (P,) or (P, 4) of a program (step, eight rows), as `triton_matmul` has them."""
     thread = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     item = jax.lax.broadcasted_iota(jnp.int32, shape, 1) if len(shape) == 2 else jnp.zeros_like(thread)
     row = jnp.minimum(8 * pallas.program_id(1) + thread % 32 // 4, outputs - 1)
     group = pallas.program_id(0) * (shape[0] // 32) + thread // 32
     own, units = {key: refs[key] for key in codes.fields(name)}, codes.READERS[name].units(width)
-    return codes.Lane(own, row, group, item, thread % 4, units, refs.get("grid"))
+    return lanes.Lane(own, row, group, item, thread % 4, units, refs.get("grid"))
 
 
 @pytest.mark.parametrize("name", codes.READERS)
@@ -143,15 +143,15 @@ def test_what_is_copied_ahead_is_what_readers_read(name, monkeypatch):
     """For each place that the ring copies: the items from there, of the thread that copies them, are those that the
     reader of the format reads itself, bit for bit. Two warps, two steps; rows past the last are clipped."""
     reader, outputs, shape, copied, seen = codes.READERS[name], 11, (2, 2, 64, 4), [], []
-    width, read = 16 * reader.unit, codes.Lane.read
+    width, read = 16 * reader.unit, lanes.Lane.read
     raw = random_blocks(name, outputs, width // FORMATS[name].block_size)
     planes = QuantizedTensor.from_bytes(raw, name, (outputs, width)).planes
-    monkeypatch.setattr(codes.Lane, "read", lambda *args, **kwargs: seen.append(read(*args, **kwargs)) or seen[-1])
+    monkeypatch.setattr(lanes.Lane, "read", lambda *args, **kwargs: seen.append(read(*args, **kwargs)) or seen[-1])
 
     def body(*refs) -> None:
         *refs, out_ref = refs
         refs = dict(zip(operands, refs, strict=True))
-        places = codes.places(reader, lane_of(name, refs, width, outputs, shape[2:3]))
+        places = lanes.places(reader, lane_of(name, refs, width, outputs, shape[2:3]))
         seen.clear()
         reader.read(lane_of(name, refs, width, outputs, shape[2:]))
         thread, different = jnp.arange(shape[2], dtype=jnp.int32), jnp.zeros(shape[2:], bool)
@@ -186,21 +186,21 @@ def test_lanes_that_copy_together_fill_every_slot(name, rows, dtype):
     own = triton_matmul.plan(rows, dtype, w)
     pieces, sums, _ = (jnp.zeros(shape.shape, shape.dtype) for shape in shapes(triton_matmul.form_of(x, w)))
     thread = jnp.arange(32 * own.warps, dtype=jnp.int32)
-    lane = codes.Lane(dict(w.planes), 0 * thread, 0 * thread, 0 * thread, thread % 4, reader.units(1024))
-    places = [place for place in codes.places(reader, lane) if place is not None]
+    lane = lanes.Lane(dict(w.planes), 0 * thread, 0 * thread, 0 * thread, thread % 4, reader.units(1024))
+    places = [place for place in lanes.places(reader, lane) if place is not None]
     step, live = jnp.int32(0), rows * own.pieces
-    places += triton_matmul._places_of_pieces(pieces, step, 4 * reader.unit // 32, own)
+    places += ahead.places_of_pieces(pieces, step, 4 * reader.unit // 32, live, own.warps)
     if reader.mins:
-        places += triton_matmul._places_of_pairs(sums, 0, step, live, own)
+        places += ahead.places_of_pairs(sums, 0, step, live, own.pieces, own.warps)
     elif reader.offsets:
-        places += [place for place in triton_matmul._places_of_sums(sums, step, own) if place]
+        places += [place for place in ahead.places_of_sums(sums, step, live, own.pieces, own.warps) if place]
     groups = Ring(places, own.warps, 2)._groups(places)
     assert len(groups) >= 2
     for group in groups:
-        lanes = [place.slots.copies for place, _ in group]
-        for (place, _), copies in zip(group, lanes, strict=True):
-            assert (copies is None) == (lanes[0] is None)
+        conditions = [place.slots.copies for place, _ in group]
+        for (place, _), copies in zip(group, conditions, strict=True):
+            assert (copies is None) == (conditions[0] is None)
             if copies is not None:
-                np.testing.assert_array_equal(copies, lanes[0])
+                np.testing.assert_array_equal(copies, conditions[0])
             reached = place.slots.own if copies is None else place.slots.own[np.asarray(copies)]
             assert set(reached.tolist()) == set(range(own.warps * place.slots.count))

@@ -18,10 +18,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from realm_jax.kernels import codes, fragments, fragments_int8, pallas, triton_matmul
-from realm_jax.kernels.codes import Lane
+from realm_jax.kernels.ahead import Ahead
+from realm_jax.kernels.lanes import Codes, Lane, Reader, coordinates
+from realm_jax.kernels.lanes import places as places_of
 from realm_jax.kernels.reference import INT8_BLOCK
 from realm_jax.kernels.ring import Place, Slots, read_now
-from realm_jax.kernels.triton_matmul import MOST_ROWS, ROWS, Ahead, Plan
+from realm_jax.kernels.triton_matmul import MOST_ROWS, ROWS, Plan
 from realm_jax.quant.tensor import QuantizedTensor
 
 MOST_TILES = 4  # of columns, of a program
@@ -31,7 +33,7 @@ PREPARED = 32  # blocks of x that a program of `prepare` takes
 
 class Form(NamedTuple):
     """What is wanted of x. tiles: of eight rows. blocks: of 32 inputs, zeros after the last. sub_block: inputs that a
-    sum is over. zero, offsets, mins: see `codes.Reader`."""
+    sum is over. zero, offsets, mins: see `lanes.Reader`."""
 
     tiles: int
     blocks: int
@@ -149,7 +151,7 @@ class Columns:
     """What a step reads of x: steps by 64 inputs, sizes by four blocks, sums by four sub-blocks (for `mins`: all), (P,
     4) each; sizes and sums for columns 2 t and for columns 2 t + 1."""
 
-    def __init__(self, x: Operand, reader: codes.Reader, own: Plan, first_tile: jax.Array) -> None:
+    def __init__(self, x: Operand, reader: Reader, own: Plan, first_tile: jax.Array) -> None:
         self.x, self.reader, self.own, self.first_tile = x, reader, own, first_tile
         self.live = min(own.rows, COLUMNS)
         # It is little: copied ahead of time, too. Of units of 256 it would be so much that layouts are converted.
@@ -164,10 +166,10 @@ class Columns:
 
     def place(self, key: tuple[str, int, int], s: jax.Array, tile: int) -> Place:
         name, column, j = key
-        warp, _, t, lane = triton_matmul._places(lax.broadcasted_iota(jnp.int32, (32 * self.own.warps,), 0))
+        warp, _, t, lane = coordinates(lax.broadcasted_iota(jnp.int32, (32 * self.own.warps,), 0))
         group = s * self.own.warps + warp
         zero = jnp.zeros_like(t)
-        tile = zero if self.early else zero + triton_matmul._clipped(self.first_tile + tile, self.own)
+        tile = zero if self.early else zero + triton_matmul.clipped(self.first_tile + tile, self.own)
         if name in ("steps", "mins"):
             count = 4 * self.live
             lane = lane % count  # other columns have the same: nobody looks at them
@@ -200,16 +202,16 @@ def _kernel(*refs, own: Plan, format: str, names: tuple[str, ...]) -> None:
     def lanes(s: jax.Array, flat: bool) -> list[Lane]:
         """Where a step is in rows g and g + 8: for items (P, 4), or `flat`, for the first of each thread (P,)."""
         own_thread = lax.broadcasted_iota(jnp.int32, thread.shape[:1], 0) if flat else thread
-        warp, g, t, _ = triton_matmul._places(own_thread)
+        warp, g, t, _ = coordinates(own_thread)
         group = jnp.minimum(s * own.warps + warp, (units - 1) // 4)
         rows = [jnp.minimum(first_row + g + 8 * i, own.outputs - 1) for i in range(2)]
         return [Lane(planes, row, group, jnp.zeros_like(t) if flat else item, t, units, grid) for row in rows]
 
     def places(s: jax.Array) -> list[list[Place | None]]:
         x = [columns.place(key, s, 0) for key in columns.keys] if columns.early else []
-        return [*([] if pallas.interpreting() else codes.places(reader, lane) for lane in lanes(s, True)), x]
+        return [*([] if pallas.interpreting() else places_of(reader, lane) for lane in lanes(s, True)), x]
 
-    ahead = Ahead(places, own)
+    ahead = Ahead(places, own.warps, own.steps, own.stages)
 
     def step(s: jax.Array, carry: tuple) -> tuple:
         token, totals = carry
@@ -242,7 +244,7 @@ def _read(place: Place) -> jax.Array:
     return pallas.load(place.ref.at[(*at, last + lax.broadcasted_iota(jnp.int32, shape, 1))])
 
 
-def _add_step(totals: tuple, zero, rows: list[codes.Codes], read: Callable, reader: codes.Reader, one: bool) -> tuple:
+def _add_step(totals: tuple, zero, rows: list[Codes], read: Callable, reader: Reader, one: bool) -> tuple:
     """totals, of tiles of x, and the products of four units of w, in rows g and g + 8; read: tile, key -> (P, 4)."""
     totals, per = list(totals), reader.sub_block // 16
     words_of_rows = [[word.astype(jnp.int32) for word in row.lowered()] for row in rows]

@@ -14,7 +14,7 @@ Shape key: `M` rows of x, `N` output features, `K` input features, `P` threads o
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import repeat
 from typing import NamedTuple
 
@@ -23,10 +23,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from realm_jax.kernels import codes, fragments, pallas
+from realm_jax.kernels.ahead import Ahead, places_of_pairs, places_of_pieces, places_of_sums
 from realm_jax.kernels.assembly import chosen
-from realm_jax.kernels.codes import Lane
+from realm_jax.kernels.lanes import EVEN, Lane, Reader, coordinates
+from realm_jax.kernels.lanes import places as places_of
 from realm_jax.kernels.operand import LOW, Form, Prepared, operand_of, pieces_of
-from realm_jax.kernels.ring import Place, Ring, Slots, Token, read_now, read_one
+from realm_jax.kernels.ring import Place, read_one
 from realm_jax.kernels.tiles import Tiles, find
 from realm_jax.quant.tensor import QuantizedTensor
 
@@ -51,7 +53,7 @@ class Plan(NamedTuple):
     tiles: int
     stages: int
 
-    def form(self, reader: codes.Reader) -> Form:
+    def form(self, reader: Reader) -> Form:
         """What is wanted of x; the same for most formats, and then prepared once."""
         blocks = self.steps * self.warps * 4 * reader.unit // 32
         unit, sub_block = (reader.unit, reader.sub_block) if reader.offsets else (64, 32)  # as `mins` want it
@@ -158,7 +160,7 @@ def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...]) -> None:
     tiles = min(own.tiles, most_tiles(format))
     units = reader.units(own.width)
     thread, item = (lax.broadcasted_iota(jnp.int32, (32 * own.warps, 4), axis) for axis in (0, 1))
-    warp, g, t, lane_id = _places(thread)
+    warp, g, t, lane_id = coordinates(thread)
     live = min(own.rows * own.pieces, 8)  # columns of a tile that are not zero
     early = live <= 2  # what a step reads of x is little: read ahead of time, too
     blocks = 4 * reader.unit // 32
@@ -169,19 +171,19 @@ def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...]) -> None:
         return jnp.broadcast_to(jnp.int32(number), thread.shape)
 
     def load_pieces(tile: int, block: jax.Array) -> jax.Array:
-        at = everywhere(_clipped(first_tile + tile, own)), block, lane_id, item
+        at = everywhere(clipped(first_tile + tile, own)), block, lane_id, item
         return pallas.load(pieces_ref.at[at])
 
     def load_sums(tile: int, sub: int, column: int, place: jax.Array) -> jax.Array:
         if own.pieces == 2 and column:  # a second piece: its sum is in the first
             return zero
-        at = everywhere(_clipped(first_tile + tile, own)), 2 * t + column, everywhere(sub), 4 * place + item
+        at = everywhere(clipped(first_tile + tile, own)), 2 * t + column, everywhere(sub), 4 * place + item
         return pallas.load(sums_ref.at[at])
 
     def lanes(s: jax.Array, flat: bool) -> list[Lane]:
         """Where a step is in rows g and g + 8: for items (P, 4), or `flat`, for the first (P,)."""
         own_thread = lax.broadcasted_iota(jnp.int32, thread.shape[:1], 0) if flat else thread
-        warp, g, t, _ = _places(own_thread)
+        warp, g, t, _ = coordinates(own_thread)
         group = jnp.minimum(s * own.warps + warp, (units - 1) // 4)
         rows = [jnp.minimum(first_row + g + 8 * i, most - 1) for i in range(2)]
         return [Lane(planes, row, group, jnp.zeros_like(t) if flat else item, t, units, grid) for row in rows]
@@ -189,14 +191,17 @@ def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...]) -> None:
     def places(s: jax.Array) -> list[list[Place | None]]:
         x = []
         if early:
-            x = _places_of_pieces(pieces_ref, s, blocks, own)
-            x += sums_places(0, s) if reader.mins else _places_of_sums(sums_ref, s, own) if reader.offsets else []
-        return [*([] if pallas.interpreting() else codes.places(reader, lane) for lane in lanes(s, True)), x]
+            x = places_of_pieces(pieces_ref, s, blocks, live, own.warps)
+            if reader.mins:
+                x += sums_places(0, s)
+            elif reader.offsets:
+                x += places_of_sums(sums_ref, s, live, own.pieces, own.warps)
+        return [*([] if pallas.interpreting() else places_of(reader, lane) for lane in lanes(s, True)), x]
 
     def sums_places(tile: int, s: jax.Array) -> list[Place]:
-        return _places_of_pairs(sums_ref, _clipped(first_tile + tile, own), s, live, own)
+        return places_of_pairs(sums_ref, clipped(first_tile + tile, own), s, live, own.pieces, own.warps)
 
-    ahead = Ahead(places, own)
+    ahead = Ahead(places, own.warps, own.steps, own.stages)
 
     def step(s: jax.Array, carry: tuple) -> tuple:
         token, totals = carry
@@ -273,87 +278,14 @@ def _own_rows(outputs: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array
     return which, first * ROWS, most
 
 
-def _places_of_pieces(pieces_ref, s: jax.Array, blocks: int, own: Plan) -> list[Place]:
-    """What a step reads of x, where a tile has one or two columns that are not zero."""
-    count = 4 * own.rows * own.pieces  # of lanes that have them; the others have the same, for columns nobody looks at
-    warp, _, _, lane = _places(lax.broadcasted_iota(jnp.int32, (32 * own.warps,), 0))
-    has, lane = lane < count, lane % count
-    at = jnp.zeros_like(lane), (s * own.warps + warp) * blocks, lane, jnp.zeros_like(lane)
-    slots = Slots(count, warp * count + lane, copies=has, name="columns")
-    return [Place(pieces_ref, at, 4, slots, 128 * i) for i in range(blocks)]
-
-
-def _places_of_sums(sums_ref, s: jax.Array, own: Plan) -> list[Place | None]:
-    """Then the sums of column 0 and of column 1, for each sub-block of four units (None: they are zero)."""
-    warp, _, t, lane = _places(lax.broadcasted_iota(jnp.int32, (32 * own.warps,), 0))
-    zero = jnp.zeros_like(t)
-    at, slots = (zero, zero, zero, 4 * (s * own.warps + warp)), Slots(1, warp, copies=lane == 0, name="lane 0")
-    _, _, subs, units = sums_ref.shape
-    found = []
-    for sub in range(subs):
-        for column in range(2):
-            there = column < own.rows and not (own.pieces == 2 and column)
-            found.append(Place(sums_ref, at, 4, slots, (column * subs + sub) * units) if there else None)
-    return found
-
-
-def _places_of_pairs(sums_ref, tile: jax.Array | int, s: jax.Array, live: int, own: Plan) -> list[Place]:
-    """For `mma_mins`, the sums of both sub-blocks of unit t in column g (of the first piece of its row)."""
-    warp, g, t, lane = _places(lax.broadcasted_iota(jnp.int32, (32 * own.warps,), 0))
-    has, lane, g, place = lane < 4 * live, lane % (4 * live), g % live, s * own.warps + warp
-    at = jnp.broadcast_to(tile, t.shape), g // own.pieces * own.pieces, jnp.zeros_like(t), 4 * place + t
-    slots = Slots(4 * live, warp * (4 * live) + lane, copies=has, name="columns")
-    return [Place(sums_ref, at, 1, slots, sub * sums_ref.shape[-1]) for sub in range(2)]
-
-
-class Ahead:
-    """What steps read, put in a ring ahead of time. In the interpreter w is read when it is wanted."""
-
-    def __init__(self, places: Callable[[jax.Array], list[list[Place | None]]], own: Plan) -> None:
-        self.places, self.own = places, own
-        copied = [] if pallas.interpreting() else self._copied(jnp.int32(0))
-        self.ring = Ring(copied, own.warps, own.stages) if copied else None
-        self.ahead = 0 if self.ring is None else self.ring.stages - 1
-
-    def _copied(self, step: jax.Array) -> list[Place]:
-        return [place for found in self.places(step) for place in found if place is not None]
-
-    def begin(self) -> Token | None:
-        if self.ring is None:
-            return None
-        token = self.ring.begin()
-        for step in range(self.ahead):
-            token = self._put(token, jnp.int32(step))
-        return token
-
-    def _put(self, token: Token, step: jax.Array) -> Token:
-        return self.ring.put(token, step, self._copied(step), step < self.own.steps)
-
-    def next(self, token: Token | None, step: jax.Array) -> tuple[Token | None, list[list[jax.Array | None]]]:
-        """Each list of what `step` reads (None: was not put), after a later step is begun."""
-        if self.ring is None and pallas.interpreting():
-            *rows, x = self.places(step)
-            return None, [*([] for _ in rows), [place and read_now(place) for place in x]]
-        if self.ring is None:
-            return None, self.places(step)  # None, all of them
-        token = self.ring.wait(self._put(token, step + self.ahead))
-        items = iter(self.ring.take(token, step, self._copied(step)))
-        return token, [[place and next(items) for place in found] for found in self.places(step)]
-
-
-def _places(thread: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Warp, g, t, and lane of threads."""
-    return thread // 32, thread % 32 // 4, thread % 4, thread % 32
-
-
-def _clipped(tile: jax.Array, own: Plan) -> jax.Array:
+def clipped(tile: jax.Array, own: Plan) -> jax.Array:
     """Programs of the last tiles may have fewer of them: they repeat the last, and do not store it."""
     return jnp.minimum(tile, own.tiles - 1)
 
 
 def _float16_pairs(word: jax.Array, zero: int, raised: int) -> tuple[jax.Array, jax.Array]:
     """Bytes 0 and 2, and 1 and 3, of a word as pairs of float16, (byte / 2^raised - zero) * 2^-24."""
-    pairs = [(half & codes.EVEN).astype(jnp.int32) for half in (word, word >> jnp.uint32(8))]
+    pairs = [(half & EVEN).astype(jnp.int32) for half in (word, word >> jnp.uint32(8))]
     low, high = (fragments.subtract_halves(pair, zero, raised) if zero else pair for pair in pairs)
     return low, high
 
@@ -365,7 +297,7 @@ def _store(y_ref, back_ref, total: jax.Array, row: jax.Array, tile: jax.Array, o
     if own.pieces == 2:
         pair = lax.broadcasted_iota(jnp.int32, (len(total), 2, 2), 2)
         total = jnp.sum(total.reshape(pair.shape) * jnp.where(pair == 0, 1.0, LOW), -1)
-    _, g, t, _ = _places(thread)
+    _, g, t, _ = coordinates(thread)
     m = tile * (8 // own.pieces) + (t if own.pieces == 2 else 2 * t + item % 2)
     n = row + g + 8 * (item // (count // 2))
     inside = (m < own.rows) & (n < y_ref.shape[1]) & (thread < 32) & here
