@@ -114,3 +114,17 @@ def model_file(make_model_file) -> Path:
 def byte_vocabulary() -> dict:
     """Metadata fields of the vocabulary that `model_file` has."""
     return _byte_vocabulary()
+
+
+@pytest.fixture
+def for_an_h200(monkeypatch):
+    """Within it, what is traced is for a GPU: kernels are not for the interpreter. JAX 0.11 wants to know which GPU."""
+    import jax
+
+    from realm_jax.kernels import pallas
+
+    monkeypatch.setattr(pallas, "_interpreting", False)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        yield

@@ -173,8 +173,8 @@ def test_auto_says_what_it_takes(monkeypatch):
         SLOW("float32", "float32", 8),
     ],
 )
-def test_it_lowers_for_cuda(monkeypatch, dtype, q_dtype, T):
-    monkeypatch.setattr(pallas, "_interpreting", False)
+@pytest.mark.usefixtures("for_an_h200")
+def test_it_lowers_for_cuda(dtype, q_dtype, T):
     B, S, K, G, C, L = 2, 600, 2, 4, 128, 3
     shape = jax.ShapeDtypeStruct
     kv, scales = shape((L, B, S, K, C), dtype), (shape((L, B, S, K), jnp.float32),) * 2

@@ -90,9 +90,8 @@ def test_gradients_and_vmap_are_those_of_xla():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_it_lowers_for_cuda(dtype, monkeypatch):
-    monkeypatch.setattr(pallas, "_interpreting", False)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+@pytest.mark.usefixtures("for_an_h200")
+def test_it_lowers_for_cuda(dtype):
     place, *new, rotation = new_tokens("bfloat16", 2, 4, 2, 16, 8)
     take = jax.jit(lambda cache: rotate_into(cache, 1, jnp.asarray(ROWS), place, *new, rotation, True))
     assert "write_cache" in take.trace(cache_of(dtype, 2, 16)).lower(lowering_platforms=("cuda",)).as_text()

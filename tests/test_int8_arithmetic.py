@@ -240,8 +240,8 @@ def test_who_serves_on_a_gpu(interpreter):
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name == "Q8_0" else pytest.mark.slow) for name in FORMATS]
 )
-def test_the_kernel_lowers_for_cuda(name, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+@pytest.mark.usefixtures("for_an_h200")
+def test_the_kernel_lowers_for_cuda(name):
     x, w = product(name, 1, 16, 512)
     lowered = jax.jit(functools.partial(matmul, impl="triton_int8")).trace(x, w).lower(lowering_platforms=("cuda",))
     assert f"matmul_int8_{name}" in lowered.as_text() and "prepare_int8" in lowered.as_text()

@@ -116,9 +116,8 @@ def test_more_rows_than_it_takes_are_refused_in_one_line():
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in ("Q8_0", "IQ2_XS") else pytest.mark.slow) for name in codes.READERS]
 )
-def test_it_lowers_for_cuda(name, monkeypatch):
-    monkeypatch.setattr(pallas, "_interpreting", False)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+@pytest.mark.usefixtures("for_an_h200")
+def test_it_lowers_for_cuda(name):
     x, w, _ = product(name, 1, 16, 512)
     lowered = jax.jit(functools.partial(matmul, impl="triton")).trace(x, w).lower(lowering_platforms=("cuda",))
     assert f"matmul_{name}" in lowered.as_text()

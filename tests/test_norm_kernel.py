@@ -59,9 +59,8 @@ def test_gradients_are_those_of_xla():
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-def test_it_lowers_for_cuda(monkeypatch):
-    monkeypatch.setattr(pallas, "_interpreting", False)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+@pytest.mark.usefixtures("for_an_h200")
+def test_it_lowers_for_cuda():
     norm = jax.jit(lambda *rows: add_norm(*rows, EPS))
     assert "add_norm" in norm.trace(*rows_of("bfloat16", 2, 1, 96)).lower(lowering_platforms=("cuda",)).as_text()
     assert triton_norm.refuses(jnp.zeros((1, 64, 8))) is None

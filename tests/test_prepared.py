@@ -146,8 +146,8 @@ def test_without_the_kernels_it_is_what_xla_does():
     assert isinstance(normed, jax.Array) and isinstance(layers.gated(x, more, w), jax.Array)
 
 
-def test_it_lowers_for_cuda(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+@pytest.mark.usefixtures("for_an_h200")
+def test_it_lowers_for_cuda():
     x, more = rows_of("bfloat16", 3, 96)
     form = Form(1, 1, 3, 64, 32)
     lowered = jax.jit(lambda *rows: triton_gate.gated(*rows, form=form)).trace(x, more)
