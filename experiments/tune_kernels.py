@@ -47,7 +47,7 @@ class TuneKernelsConfig:
     rows: tuple[int, ...] = (1, 8, 64)
     weights: tuple[float, ...] = (0.6, 0.2, 0.2)
     finalists: int = 3
-    many_rows: tuple[int, ...] = (32, 64, 128, 256)
+    many_rows: tuple[int, ...] = (64, 128, 256)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     gigabytes: float = 0.25
     rounds: int = 8

@@ -142,7 +142,7 @@ def test_its_config_covers_every_class_and_known_formats():
         ("warps=[3]", r"warps: \[3\] has to be some of 1, 2, 4, 8 or 16"),
         ("shapes=[[64, 64], [96, 64]]", "shapes: want at least one, each of another class"),
         ("weights=[1.0]", "weights: want one for each of rows"),
-        ("many_rows=[64, 32]", "many_rows: want them growing"),
+        ("many_rows=[128, 64]", "many_rows: want them growing"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(override, says):
@@ -169,9 +169,9 @@ def run(folder: Path, *overrides: str, resume: bool = False) -> str:
 
 def test_it_runs_in_small(tmp_path):
     small = ['formats=["Q8_0"]', "shapes=[[16, 64]]", "warps=[1]", "stages=[2]", "rows=[1]", "weights=[1.0]"]
-    run(tmp_path, *small, "finalists=1", "many_rows=[16]", "gigabytes=0.0", "rounds=2", "repeats=1")
+    run(tmp_path, *small, "finalists=1", "many_rows=[64]", "gigabytes=0.0", "rounds=2", "repeats=1")
     (found,) = tiles.read(tmp_path / "run" / "tiles.json")[jax.devices()[0].device_kind]["Q8_0"].items()
-    assert found == (SMALL, Tiles(1, 2, 16))
+    assert found == (SMALL, Tiles(1, 2, 64))
     text = (tmp_path / "run" / "results.md").read_text(encoding="utf-8")
     assert text.count("| Q8_0 | 16 | 64 |") == 3  # the choice, the candidate, the comparison
 
