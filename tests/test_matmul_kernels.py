@@ -15,6 +15,7 @@ from test_quant_formats import random_blocks, random_weights
 
 from realm_jax.errors import RealmError
 from realm_jax.kernels import ahead, choose_impl, codes, lanes, matmul, pallas, reference, triton_matmul
+from realm_jax.kernels.matmul import matmul_each
 from realm_jax.kernels.operand import shapes
 from realm_jax.kernels.ring import Ring, read_now
 from realm_jax.quant import FORMATS, QuantizedTensor
@@ -121,6 +122,45 @@ def test_it_lowers_for_cuda(name):
     x, w, _ = product(name, 1, 16, 512)
     lowered = jax.jit(functools.partial(matmul, impl="triton")).trace(x, w).lower(lowering_platforms=("cuda",))
     assert f"matmul_{name}" in lowered.as_text()
+
+
+def several(name: str, k: int) -> list:
+    return [random_weights(name, n, k, seed=n) for n in (20, 5, 16)]
+
+
+def test_several_weights_of_one_x_are_multiplied_as_each_is():
+    x, weights = jnp.asarray(np.random.default_rng(0).standard_normal((3, 64)), jnp.float32), several("Q8_0", 64)
+
+    def loss(each, x):
+        return sum((y**2).sum() for y in each(x))
+
+    def alone(x):
+        return [matmul(x, w) for w in weights]
+
+    def together(x):
+        return matmul_each(x, weights)
+
+    for y, own in zip(together(x), alone(x), strict=True):
+        np.testing.assert_array_equal(np.asarray(y), np.asarray(own))
+    grads = (np.asarray(jax.grad(functools.partial(loss, each))(x), np.float64) for each in (together, alone))
+    assert nmse(*grads) < 1e-12
+    for y, own in zip(jax.vmap(together)(x), alone(x), strict=True):
+        np.testing.assert_array_equal(np.asarray(y), np.asarray(own))
+
+
+@pytest.mark.usefixtures("for_an_h200")
+@pytest.mark.parametrize(
+    ("names", "count"),
+    [
+        ("Q4_K Q4_K Q6_K", 1),
+        pytest.param("Q4_K Q4_K Q4_K", 1, marks=pytest.mark.slow),
+        pytest.param("Q4_K Q6_K Q4_K", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_weights_of_one_format_share_a_launch(names, count):
+    x, weights = jnp.zeros((1, 512)), [several(name, 512)[i] for i, name in enumerate(names.split())]
+    lowered = jax.jit(matmul_each).trace(x, weights).lower(lowering_platforms=("cuda",)).as_text()
+    assert lowered.count('name = "matmul_Q4_K"') == count
 
 
 def bits(x: jax.Array) -> jax.Array:

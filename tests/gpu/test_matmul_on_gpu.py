@@ -1,5 +1,6 @@
 """Products by packed weights on a GPU: every format against float64, and a row's bits whatever is beside it."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from test_matmul import nmse
 from test_quant_formats import random_weights
 
 from realm_jax.kernels import codes, matmul
+from realm_jax.kernels.matmul import matmul_each
 
 
 def product(rows: int, name: str, n: int, k: int, dtype=jnp.float32):
@@ -44,3 +46,12 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it(name, dtype):
 def test_many_rows(name, rows, dtype, bound):
     x, w, want = product(rows, name, 160, 1024, dtype)
     assert nmse(matmul(x, w), want) < bound
+
+
+@pytest.mark.parametrize("names", ["Q4_K Q4_K Q4_K", "Q4_K Q4_K Q6_K", "Q8_0 Q8_0 Q8_0", "IQ1_S IQ1_S IQ1_S"])
+@pytest.mark.parametrize("rows", [1, 9])
+def test_several_weights_of_one_x_are_multiplied_as_each_is(names, rows):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((rows, 1024)), jnp.bfloat16)
+    weights = [random_weights(name, n, 1024, seed=n) for name, n in zip(names.split(), (96, 21, 32), strict=True)]
+    for y, w in zip(jax.jit(matmul_each)(x, weights), weights, strict=True):
+        np.testing.assert_array_equal(np.asarray(y), np.asarray(matmul(x, w, impl="triton")))
