@@ -18,21 +18,21 @@ from realm_jax.kernels.assembly import assembly
 
 MOST_BYTES = 48 * 1024  # of shared memory that a kernel can declare
 
+COPIES = " ".join(f"mov.b32 ${i}, a;" for i in range(4))  # of one item
 Token = jax.Array  # (P,): the address of a thread's first bytes; whoever has it comes after what made it
 
 
 class Slots(NamedTuple):
-    """Which threads of a warp copy an item, where to, and which read it.
+    """Which threads of a warp copy an item, and where they all read it.
 
-    count: of places in a warp. own: which one a thread copies to and reads from (P,). copies, reads: whether it does,
-    bool (P,), or None for all; one that does not read has 0. Threads that copy the same cost as if it were different;
-    so only one of them should. name: of `copies`; places of a ring that have the same name have the same.
+    count: of places in a warp. own: which one a thread copies to and reads from (P,). copies: whether it copies, bool
+    (P,), or None: all do, the same where they share a place. name: of `copies`; places of a ring that have the same
+    name have the same.
     """
 
     count: int
     own: jax.Array
     copies: jax.Array | None = None
-    reads: jax.Array | None = None
     name: str = ""
 
 
@@ -128,20 +128,17 @@ def read_now(place: Place) -> jax.Array:
     for axis in range(len(at) - 1):
         stride = math.prod(place.ref.shape[axis + 1 :])
         at[axis] = at[axis] + place.beyond // stride % place.ref.shape[axis]
-    items = pallas.load(place.ref.at[tuple(at)])
-    return items if place.slots.reads is None else jnp.where(place.slots.reads[:, None], items, 0)
+    return pallas.load(place.ref.at[tuple(at)])
 
 
 def read_one(place: Place) -> jax.Array:
     """`read_now` of a place of one item of 32 bits, of whichever type, as the others stand (P, 4)."""
     if pallas.interpreting():
         return read_now(place)
-    reads = jnp.ones_like(place.index) if place.slots.reads is None else place.slots.reads.astype(jnp.int32)
-    text = f"""{{ .reg .pred p; .reg .b32 a; setp.ne.b32 p, $5, 0; mov.b32 a, 0;
-        @p ld.global.b32 a, [$4 + {4 * place.beyond}]; mov.b32 $0, a; mov.b32 $1, a; mov.b32 $2, a; mov.b32 $3, a; }}"""
+    text = f"{{ .reg .b32 a; ld.global.b32 a, [$4 + {4 * place.beyond}]; {COPIES} }}"
     kind = "f" if place.ref.dtype == jnp.float32 else "r"
-    constraints = [f"={kind}"] * 4 + ["l", "r"]
-    return _asm(text, constraints, reads, addresses=[(place.ref, place.index)], results=4, dtype=place.ref.dtype)
+    address, index = [(place.ref, place.index)], place.index
+    return _asm(text, [f"={kind}"] * 4 + ["l", "r"], index, addresses=address, results=4, dtype=place.ref.dtype)
 
 
 def _copy(token: Token, group: list[tuple[Place, int]], stage: jax.Array, live: jax.Array) -> Token:
@@ -172,34 +169,27 @@ def _index_to_copy(place: Place) -> jax.Array:
 def _read(address: jax.Array, start: int, place: Place) -> jax.Array:
     size, span = place.ref.dtype.itemsize, place.span
     halves = "and.b32 {0}, {2}, 0xffff; shr.u32 {1}, {2}, 16;"
-    operands, odd = [address], None
+    pairs = "mov.b32 $1, $0; mov.b32 $3, $2;"
+    operands = [address]
     match span, size:
         case 4, 4:
-            text = "@p ld.shared.v4.b32 {a, b, c, d}, [$4];"
+            text = "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];"
         case 4, 2:
-            text = "@p ld.shared.v2.b32 {x, y}, [$4];" + halves.format("a", "b", "x") + halves.format("c", "d", "y")
+            text = "ld.shared.v2.b32 {a, b}, [$4];" + halves.format("$0", "$1", "a") + halves.format("$2", "$3", "b")
         case 4, 1:
-            text = "@p ld.shared.b32 x, [$4]; " + " ".join(f"bfe.u32 {'abcd'[i]}, x, {8 * i}, 8;" for i in range(4))
+            text = "ld.shared.b32 a, [$4];" + " ".join(f"bfe.u32 ${i}, a, {8 * i}, 8;" for i in range(4))
         case 2, 4:
-            text = "@p ld.shared.v2.b32 {a, c}, [$4]; mov.b32 b, a; mov.b32 d, c;"
+            text = "ld.shared.v2.b32 {$0, $2}, [$4];" + pairs
         case 2, 2:
-            text = "@p ld.shared.b32 x, [$4]; " + halves.format("a", "c", "x") + "mov.b32 b, a; mov.b32 d, c;"
+            text = "ld.shared.b32 a, [$4];" + halves.format("$0", "$2", "a") + pairs
         case 1, 4:
-            text = "@p ld.shared.b32 a, [$4]; mov.b32 b, a; mov.b32 c, a; mov.b32 d, a;"
+            text = "ld.shared.b32 a, [$4];" + COPIES
         case 1, 2:
-            odd = (place.index & 1) << 4
-            shift = "shr.u32 x, x, $5; and.b32 a, x, 0xffff;"
-            text = f"@p ld.shared.b32 x, [$4]; {shift} mov.b32 b, a; mov.b32 c, a; mov.b32 d, a;"
-    operands += [] if odd is None else [odd]
-    zero = "mov.b32 x, 0; mov.b32 y, 0; mov.b32 a, 0; mov.b32 b, 0; mov.b32 c, 0; mov.b32 d, 0;"
-    condition = "setp.eq.b32 p, 0, 0;"
-    if place.slots.reads is not None:
-        condition = f"setp.ne.b32 p, ${4 + len(operands)}, 0;"
-        operands.append(place.slots.reads.astype(jnp.int32))
-    text = text.replace("[$4]", f"[$4 + {start}]")
-    results = " ".join(f"mov.b32 ${i}, {'abcd'[i]};" for i in range(4))
-    text = f"{{ .reg .b32 a, b, c, d, x, y; .reg .pred p; {condition} {zero} {text} {results} }}"
-    bits = _asm(text, ["=r"] * 4 + ["r"] * len(operands), *operands, results=4, pure=False, dtype=jnp.uint32)
+            text = "ld.shared.b32 a, [$4]; shr.u32 a, a, $5; and.b32 a, a, 0xffff;" + COPIES
+            operands.append((place.index & 1) << 4)
+    text = f"{{ .reg .b32 a, b; {text.replace('[$4]', f'[$4 + {start}]')} }}"
+    constraints = ["=&r"] * 4 + ["r"] * len(operands)
+    bits = _asm(text, constraints, *operands, results=4, pure=False, dtype=jnp.uint32)
     if size < 4:
         bits = bits.astype(jnp.dtype(f"uint{8 * size}"))
     return bits if bits.dtype == place.ref.dtype else lax.bitcast_convert_type(bits, place.ref.dtype)
