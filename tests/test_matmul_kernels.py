@@ -121,7 +121,14 @@ def test_more_rows_than_it_takes_are_refused_in_one_line():
 def test_it_lowers_for_cuda(name):
     x, w, _ = product(name, 1, 16, 512)
     lowered = jax.jit(functools.partial(matmul, impl="triton")).trace(x, w).lower(lowering_platforms=("cuda",))
-    assert f"matmul_{name}" in lowered.as_text()
+    assert f"matmul_{name}" in lowered.as_text() and "cp.async" in lowered.as_text()
+
+
+@pytest.mark.usefixtures("for_an_h200")
+def test_it_lowers_where_nothing_can_be_copied_ahead():
+    x, w, _ = product("Q6_K", 5, 16, 1280)  # ten units, and too many columns of x
+    lowered = jax.jit(functools.partial(matmul, impl="triton")).trace(x, w).lower(lowering_platforms=("cuda",))
+    assert "cp.async" not in lowered.as_text()
 
 
 def several(name: str, k: int) -> list:
