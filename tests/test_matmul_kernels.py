@@ -14,7 +14,7 @@ from test_matmul import nmse
 from test_quant_formats import random_blocks, random_weights
 
 from realm_jax.errors import RealmError
-from realm_jax.kernels import ahead, choose_impl, codes, lanes, matmul, pallas, reference, triton_matmul
+from realm_jax.kernels import ahead, assembly, choose_impl, codes, lanes, matmul, pallas, reference, triton_matmul
 from realm_jax.kernels.matmul import matmul_each
 from realm_jax.kernels.operand import shapes
 from realm_jax.kernels.ring import Ring, read_now
@@ -81,6 +81,14 @@ def test_rows_of_any_size_and_rows_that_are_not_finite():
     y = np.asarray(matmul(x, w, impl="triton"), np.float64)
     assert np.isnan(y[4:]).all()
     assert nmse(y[:4] / scales[:4, None], want[:4]) < 1e-12
+
+
+def test_a_jax_without_the_names_that_kernels_need_has_no_kernels(monkeypatch):
+    monkeypatch.setattr(pallas, "_interpreting", False)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert pallas.available()
+    monkeypatch.setattr(assembly, "lowering", None)
+    assert not pallas.available()
 
 
 @pytest.mark.parametrize(

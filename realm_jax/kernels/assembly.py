@@ -1,7 +1,8 @@
 """Inline assembly for Triton kernels with what `pallas.triton.elementwise_inline_asm` lacks: addresses of what a ref
 holds, several results, and effects. Called by the kernel modules.
 
-The one place that takes names from JAX's private modules: its Triton lowering has no other way in.
+The one place that takes names from JAX's private modules: its Triton lowering has no other way in. Where a JAX has
+moved them, kernels are not `available`, and the rest of the package goes on without.
 """
 
 from collections.abc import Sequence
@@ -9,12 +10,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith
-from jax._src.lib.triton import dialect as triton
-from jax._src.pallas.triton import lowering
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
+
+try:
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import arith
+    from jax._src.lib.triton import dialect as triton
+    from jax._src.pallas.triton import lowering
+except ImportError:
+    lowering = None
 
 _assembly = Primitive("assembly")
 _assembly.multiple_results = True
@@ -71,7 +76,11 @@ def _(*operands, result: jax.ShapeDtypeStruct, results: int, **_static) -> list:
     return [jax.core.ShapedArray(result.shape if results == 1 else (*result.shape, results), result.dtype)]
 
 
-@lowering.register_lowering(_assembly)
+def available() -> bool:
+    """Whether this JAX has what the assembly is lowered with."""
+    return lowering is not None
+
+
 def _lower(_context, *operands, text, constraints, result, choices, results, pack, pure) -> list:
     dtype = jnp.dtype(result.dtype)
     signless = jnp.dtype(f"int{8 * dtype.itemsize}") if dtype.kind == "u" else dtype
@@ -102,3 +111,7 @@ def _lower(_context, *operands, text, constraints, result, choices, results, pac
 
     four = join(join(a, c, 1), join(b, d, 1), 2)
     return [triton.reshape(ir.RankedTensorType.get([*shape, 4], element), four, allow_reorder=False)]
+
+
+if available():
+    lowering.register_lowering(_assembly)(_lower)

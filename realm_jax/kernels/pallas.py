@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from realm_jax.kernels import assembly
+
 load, store, program_id, ds = plt.load, plt.store, pl.program_id, pl.ds
 Shape = jax.ShapeDtypeStruct
 OLDEST = "8.0"  # compute capability of Ampere
@@ -43,7 +45,7 @@ def available() -> bool:
     """Whether a kernel traced now can run: on an NVIDIA GPU from Ampere up, or in the interpreter."""
     if _interpreting or jax.default_backend() != "gpu":
         return _interpreting
-    return serves(getattr(jax.devices()[0], "compute_capability", OLDEST))
+    return assembly.available() and serves(getattr(jax.devices()[0], "compute_capability", OLDEST))
 
 
 def serves(capability: str) -> bool:
