@@ -3,13 +3,14 @@
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from realm_jax.kernels import pallas
-from realm_jax.kernels.lanes import coordinates
+from realm_jax.kernels.lanes import Codes, Lane, Reader, coordinates, places
 from realm_jax.kernels.ring import Place, Ring, Slots, Token, read_now
 
 
@@ -25,7 +26,7 @@ class Ahead:
         self.ahead = 0 if self.ring is None else self.ring.stages - 1
 
     def _copied(self, step: jax.Array) -> list[Place]:
-        return [place for found in self.places(step) for place in found if place is not None]
+        return _there(self.places(step))
 
     def begin(self) -> Token | None:
         if self.ring is None:
@@ -40,14 +41,52 @@ class Ahead:
 
     def next(self, token: Token | None, step: jax.Array) -> tuple[Token | None, list[list[jax.Array | None]]]:
         """Each list of what `step` reads (None: was not put), after a later step is begun."""
+        lists = self.places(step)
         if self.ring is None and pallas.interpreting():
-            *rows, x = self.places(step)
+            *rows, x = lists
             return None, [*([] for _ in rows), [place and read_now(place) for place in x]]
         if self.ring is None:
-            return None, self.places(step)  # None, all of them
+            return None, lists  # None, all of them
         token = self.ring.wait(self._put(token, step + self.ahead))
-        items = iter(self.ring.take(token, step, self._copied(step)))
-        return token, [[place and next(items) for place in found] for found in self.places(step)]
+        items = iter(self.ring.take(token, step, _there(lists)))
+        return token, [[place and next(items) for place in found] for found in lists]
+
+
+def _there(lists: list[list[Place | None]]) -> list[Place]:
+    return [place for found in lists for place in found if place is not None]
+
+
+class Rows(NamedTuple):
+    """Rows g and g + 8 of a matrix, from `first` on, as the warps of a program read them, a group of four units each.
+
+    planes, grid: see `Lane`. outputs: how many rows there are; those past the last are the last. units: of a row.
+    """
+
+    reader: Reader
+    planes: dict
+    grid: jax.Array | None
+    first: jax.Array
+    outputs: jax.Array | int
+    units: int
+    warps: int
+
+    def lanes(self, s: jax.Array, flat: bool) -> list[Lane]:
+        """Where step `s` is in either row: for items (P, 4), or `flat`, for the first of each thread (P,)."""
+        shape = (32 * self.warps,) if flat else (32 * self.warps, 4)
+        warp, g, t, _ = coordinates(lax.broadcasted_iota(jnp.int32, shape, 0))
+        item = jnp.zeros_like(t) if flat else lax.broadcasted_iota(jnp.int32, shape, 1)
+        group = jnp.minimum(s * self.warps + warp, (self.units - 1) // 4)
+        rows = [jnp.minimum(self.first + g + 8 * i, self.outputs - 1) for i in range(2)]
+        return [Lane(self.planes, row, group, item, t, self.units, self.grid) for row in rows]
+
+    def places(self, s: jax.Array) -> list[list[Place | None]]:
+        """What can be copied ahead, for either row; the interpreter copies nothing."""
+        return [[] if pallas.interpreting() else places(self.reader, lane) for lane in self.lanes(s, True)]
+
+    def read(self, s: jax.Array, taken: list[list[jax.Array | None]]) -> list[Codes]:
+        """Either row at step `s`. taken: what was copied ahead of it."""
+        pairs = zip(self.lanes(s, False), taken, strict=True)
+        return [self.reader.read(lane._replace(taken=iter(items) if items else None)) for lane, items in pairs]
 
 
 def places_of_pieces(pieces_ref, s: jax.Array, blocks: int, live: int, warps: int) -> list[Place]:

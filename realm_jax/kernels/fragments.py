@@ -35,7 +35,7 @@ def mma(
     registers = [f"${8 + 4 * i + unit}" for i in range(4)], [f"${24 + 2 * step}", f"${25 + 2 * step}"]
     left, right = (f"{{{', '.join(names)}}}" for names in registers)
     text = f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {{$0, $1, $2, $3}}, {left}, {right}, {{$4, $5, $6, $7}};"
-    return _asm(text, ["=f"] * 4 + ["f"] * 4 + ["r"] * 20, jnp.float32, sums, *a, b)
+    return asm(text, ["=f"] * 4 + ["f"] * 4 + ["r"] * 20, jnp.float32, sums, *a, b)
 
 
 def mins(low: Fragment, high: Fragment, t: Fragment) -> Fragment:
@@ -51,7 +51,7 @@ def mins(low: Fragment, high: Fragment, t: Fragment) -> Fragment:
         text += f"selp.b32 a, {w[0]}, {w[1]}, q; selp.b32 b, {w[2]}, {w[3]}, q; selp.b32 a, a, b, p; "
         text += f"prmt.b32 ${i}, a, 0, 0x4342; "
     operands = low.astype(jnp.int32), high.astype(jnp.int32), t
-    return _asm(text + "mov.b32 $2, 0; mov.b32 $3, 0; }", ["=&r"] * 4 + ["r"] * 12, jnp.int32, *operands)
+    return asm(text + "mov.b32 $2, 0; mov.b32 $3, 0; }", ["=&r"] * 4 + ["r"] * 12, jnp.int32, *operands)
 
 
 SUM_SCALE = 2.0**19  # float16 holds sums of a sub-block times this
@@ -74,7 +74,7 @@ def sum_pairs(first: Fragment, second: Fragment, odd: Fragment | None) -> Fragme
         sub.f32 a, a, c; sub.f32 b, b, d; mul.f32 a, a, 0f45000000; mul.f32 b, b, 0f45000000;
         cvt.rn.f16x2.f32 $1, b, a; {choice}mov.b32 $2, 0; mov.b32 $3, 0; }}"""
     operands = [first, second, *([] if odd is None else [odd])]
-    return _asm(text, ["=&r"] * 4 + ["f"] * 8 + ["r"] * (4 * len(operands) - 8), jnp.int32, *operands)
+    return asm(text, ["=&r"] * 4 + ["f"] * 8 + ["r"] * (4 * len(operands) - 8), jnp.int32, *operands)
 
 
 def mma_mins(zero: Fragment, a: Fragment, b: Fragment, item: int) -> Fragment:
@@ -84,10 +84,10 @@ def mma_mins(zero: Fragment, a: Fragment, b: Fragment, item: int) -> Fragment:
         halves_a, halves_b = (lax.bitcast_convert_type(x, jnp.float16).astype(jnp.float32) for x in both)
         a_wgtri, b_wnti = halves_a.reshape(-1, 8, 4, 2, 2), halves_b.reshape(-1, 8, 4, 2)
         sums_wrgn = jnp.einsum("wgtri,wnti->wrgn", a_wgtri, b_wnti, precision=lax.Precision.HIGHEST)
-        return sums_wrgn.reshape(-1, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(-1, 4)
+        return as_sums(sums_wrgn)
     text = f"""mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {{$0, $1, $2, $3}}, {{$8, $9}}, {{${12 + item}}},
         {{$4, $5, $6, $7}};"""
-    return _asm(text, ["=f"] * 4 + ["f"] * 4 + ["r"] * 8, jnp.float32, zero, a, b)
+    return asm(text, ["=f"] * 4 + ["f"] * 4 + ["r"] * 8, jnp.float32, zero, a, b)
 
 
 def zeros(anchor: Fragment) -> Fragment:
@@ -96,7 +96,7 @@ def zeros(anchor: Fragment) -> Fragment:
     if pallas.interpreting():
         return jnp.zeros(anchor.shape, jnp.float32)
     text = " ".join(f"mov.b32 ${i}, 0;" for i in range(4))
-    return _asm(text, ["=f"] * 4 + ["r"] * 4, jnp.float32, anchor)
+    return asm(text, ["=f"] * 4 + ["r"] * 4, jnp.float32, anchor)
 
 
 def add_scaled(sums: Fragment, low: Fragment, high: Fragment, total: Fragment, unit: int, one: bool) -> Fragment:
@@ -111,7 +111,7 @@ def add_scaled(sums: Fragment, low: Fragment, high: Fragment, total: Fragment, u
         f"fma.rn.f32 ${i}, ${4 + i}, ${(8, 12)[i // 2] + unit}, ${16 + i};" if i in counted else f"mov.b32 ${i}, 0;"
         for i in range(4)
     )
-    return _asm(text, ["=&f"] * 4 + ["f"] * 16, jnp.float32, sums, low, high, total)
+    return asm(text, ["=&f"] * 4 + ["f"] * 16, jnp.float32, sums, low, high, total)
 
 
 def by_column(even: Fragment, odd: Fragment, unit: int) -> Fragment:
@@ -119,7 +119,7 @@ def by_column(even: Fragment, odd: Fragment, unit: int) -> Fragment:
     if pallas.interpreting():
         return jnp.stack([even[:, unit], odd[:, unit], even[:, unit], odd[:, unit]], 1)
     moves = [f"mov.b32 ${i}, ${(4, 8)[i % 2] + unit};" for i in range(4)]
-    return _asm(" ".join(moves), ["=&f"] * 4 + ["f"] * 8, jnp.float32, even, odd)
+    return asm(" ".join(moves), ["=&f"] * 4 + ["f"] * 8, jnp.float32, even, odd)
 
 
 def fma(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
@@ -128,7 +128,7 @@ def fma(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
     if pallas.interpreting():
         product = a * b
         return jnp.where(product == product, product, jnp.inf) + c  # what stands between keeps LLVM from joining them
-    return _asm("fma.rn.f32 $0, $1, $2, $3;", ["=f", "f", "f", "f"], jnp.float32, a, b, c, pack=1)
+    return asm("fma.rn.f32 $0, $1, $2, $3;", ["=f", "f", "f", "f"], jnp.float32, a, b, c, pack=1)
 
 
 def subtract_halves(pairs: jax.Array, number: int, raised: int = 0) -> jax.Array:
@@ -139,7 +139,7 @@ def subtract_halves(pairs: jax.Array, number: int, raised: int = 0) -> jax.Array
     down, less = (15 - raised) << 10, number | 0x8000
     text = f"{{ .reg .b32 f, z; mov.b32 z, {less | less << 16}; mov.b32 f, {down | down << 16}; "
     text += "add.rn.f16x2 $0, $1, z; }" if not raised else "fma.rn.f16x2 $0, $1, f, z; }"
-    return _asm(text, ["=r", "r"], jnp.int32, pairs, pack=1)
+    return asm(text, ["=r", "r"], jnp.int32, pairs, pack=1)
 
 
 def byte_after_two_to_23(word: jax.Array, which: int) -> jax.Array:
@@ -148,7 +148,7 @@ def byte_after_two_to_23(word: jax.Array, which: int) -> jax.Array:
         bits = word >> np.uint32(8 * which) & np.uint32(0xFF) | np.uint32(0x4B000000)
         return lax.bitcast_convert_type(bits, jnp.float32)
     text = f"prmt.b32 $0, $1, 0x4B000000, {0x7440 | which};"
-    return _asm(text, ["=f", "r"], jnp.float32, word.astype(jnp.int32), pack=1)
+    return asm(text, ["=f", "r"], jnp.float32, word.astype(jnp.int32), pack=1)
 
 
 def sum_over_warps(sums: Fragment, warps: int) -> Fragment:
@@ -192,12 +192,16 @@ def look_up(table: np.ndarray, nibbles: jax.Array, high: bool) -> jax.Array:
             f"prmt.b32 n{half}, a, b, m;",
         ]
     lines.append(f"prmt.b32 $0, n0, n1, {'0x7531' if high else '0x6420'};")
-    return _asm(f"{{ {' '.join(lines)} }}", ["=r", "r"], jnp.int32, nibbles.astype(jnp.int32), pack=1).astype(
-        jnp.uint32
-    )
+    return asm(f"{{ {' '.join(lines)} }}", ["=r", "r"], jnp.int32, nibbles.astype(jnp.int32), pack=1).astype(jnp.uint32)
 
 
-def _asm(text: str, constraints: list[str], dtype: jnp.dtype, *operands: jax.Array, pack: int = 4) -> jax.Array:
+def as_sums(sums_wrgn: jax.Array) -> Fragment:
+    """For the interpreter: sums of every warp, rows g and g + 8 (16 as 2, 8) by columns, as `mma` leaves them."""
+    return sums_wrgn.reshape(-1, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(-1, 4)
+
+
+def asm(text: str, constraints: list[str], dtype: jnp.dtype, *operands: jax.Array, pack: int = 4) -> jax.Array:
+    """What the text leaves for every `pack` neighbours of the operands, in their shape."""
     shape = [pallas.Shape(operands[0].shape, dtype)]
     return plt.elementwise_inline_asm(
         text, args=list(operands), constraints=",".join(constraints), pack=pack, result_shape_dtypes=shape
@@ -213,4 +217,4 @@ def _product(a: tuple[Fragment, ...], b: Fragment, unit: int, step: int) -> Frag
     a_wgtri = jnp.stack([halves(part[:, unit]) for part in a], 1).reshape(-1, 8, 4, 2, 2, 2)  # which pair, row, item
     b_wntr = halves(b[:, 2 * step : 2 * step + 2]).reshape(-1, 8, 4, 2, 2)
     sums_wrgn = jnp.einsum("wgtpri,wntpi->wrgn", a_wgtri, b_wntr, precision=lax.Precision.HIGHEST)
-    return sums_wrgn.reshape(-1, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(-1, 4)
+    return as_sums(sums_wrgn)

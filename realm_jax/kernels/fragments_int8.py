@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.pallas import triton as plt
 
 from realm_jax.kernels import pallas
-from realm_jax.kernels.fragments import Fragment, by_column, fma
+from realm_jax.kernels.fragments import Fragment, as_sums, asm, by_column, fma
 
 EXACT = 1.5 * 2.0**23  # float32 from 2^23 to 2^24 are the whole numbers, in the order of their bits
 
@@ -30,7 +29,7 @@ def mma_int8(a: tuple[Fragment, ...], b: Fragment, unit: int, item: int) -> Frag
     text = f"""{{ .reg .b32 z, a, b, c, d; mov.b32 z, {bits};
         mma.sync.aligned.{kind} {{a, b, c, d}}, {{{left}}}, {{{right}}}, {{z, z, z, z}};
         mov.b32 $0, a; mov.b32 $1, b; mov.b32 $2, c; mov.b32 $3, d; }}"""
-    return _asm(text, ["=f"] * 4 + ["r"] * 4 * (len(a) + 1), jnp.float32, *a, b)
+    return asm(text, ["=f"] * 4 + ["r"] * 4 * (len(a) + 1), jnp.float32, *a, b)
 
 
 def add_exact(
@@ -68,7 +67,7 @@ def add_exact(
             lines.append(f"fma.rn.f32 ${i}, x, {times}, ${32 + i};")
     operands = [sums, *scales, *sizes, *(levels or ()), total]
     text = f"{{ .reg .f32 x, n0, n1; {' '.join(lines)} }}"
-    return _asm(text, ["=&f"] * 4 + ["f"] * 4 * len(operands), jnp.float32, *operands)
+    return asm(text, ["=&f"] * 4 + ["f"] * 4 * len(operands), jnp.float32, *operands)
 
 
 def _hex(number: float) -> str:
@@ -90,7 +89,7 @@ def mins(low: Fragment, high: Fragment, t: Fragment) -> Fragment:
         text += f"selp.b32 a, ${w}, ${w + 1}, q; selp.b32 b, ${w + 2}, ${w + 3}, q; selp.b32 a, a, b, p; "
         text += f"prmt.b32 a, a, 0x43434343, 0x4342; fma.rn.bf16x2 ${i}, a, c, d; "
     operands = low.astype(jnp.int32), high.astype(jnp.int32), t
-    return _asm(text + "mov.b32 $2, 0; mov.b32 $3, 0; }", ["=&r"] * 4 + ["r"] * 12, jnp.int32, *operands)
+    return asm(text + "mov.b32 $2, 0; mov.b32 $3, 0; }", ["=&r"] * 4 + ["r"] * 12, jnp.int32, *operands)
 
 
 def pieces_of_pairs(numbers: jax.Array) -> list[jax.Array]:
@@ -112,26 +111,19 @@ def mma_mins(zero: Fragment, a: Fragment, b: Fragment) -> Fragment:
         )
         a_wgtri, b_wntpi = halves_a.reshape(-1, 8, 4, 2, 2), halves_b.reshape(-1, 8, 4, 3, 2)
         sums_wrgn = jnp.einsum("wgtri,wntpi->wrgn", a_wgtri, b_wntpi, precision=lax.Precision.HIGHEST)
-        return sums_wrgn.reshape(-1, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(-1, 4)
+        return as_sums(sums_wrgn)
     mma = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"  # A twice along its inner axis, against two pieces
     text = f"""{{ .reg .b32 n; .reg .f32 a, b, c, d; mov.b32 n, 0;
         {mma} {{a, b, c, d}}, {{$8, $9, $8, $9}}, {{$14, n}}, {{$4, $5, $6, $7}};
         {mma} {{$0, $1, $2, $3}}, {{$8, $9, $8, $9}}, {{$12, $13}}, {{a, b, c, d}}; }}"""
-    return _asm(text, ["=f"] * 4 + ["f"] * 4 + ["r"] * 8, jnp.float32, zero, a, b)
+    return asm(text, ["=f"] * 4 + ["f"] * 4 + ["r"] * 8, jnp.float32, zero, a, b)
 
 
 def round_to_int(x: jax.Array) -> jax.Array:
     """float32 to int32, halves to even; anything for NaN."""
     if pallas.interpreting():
         return jnp.round(x).astype(jnp.int32)
-    return _asm("cvt.rni.s32.f32 $0, $1;", ["=r", "f"], jnp.int32, x, pack=1)
-
-
-def _asm(text: str, constraints: list[str], dtype: jnp.dtype, *operands: jax.Array, pack: int = 4) -> jax.Array:
-    shape = [pallas.Shape(operands[0].shape, dtype)]
-    return plt.elementwise_inline_asm(
-        text, args=list(operands), constraints=",".join(constraints), pack=pack, result_shape_dtypes=shape
-    )[0]
+    return asm("cvt.rni.s32.f32 $0, $1;", ["=r", "f"], jnp.int32, x, pack=1)
 
 
 def _product_int8(a: tuple[Fragment, ...], b: Fragment, unit: int, item: int) -> Fragment:
@@ -144,4 +136,4 @@ def _product_int8(a: tuple[Fragment, ...], b: Fragment, unit: int, item: int) ->
     a_wgthri = jnp.stack([bytes_of(part[:, unit], jnp.uint8) for part in a], 1).reshape(-1, 8, 4, halves, 2, 4)
     b_wnthi = bytes_of(b[:, item : item + halves], jnp.int8).reshape(-1, 8, 4, halves, 4)
     sums_wrgn = jnp.einsum("wgthri,wnthi->wrgn", a_wgthri, b_wnthi, precision=lax.Precision.HIGHEST)
-    return sums_wrgn.reshape(-1, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(-1, 4)
+    return as_sums(sums_wrgn)

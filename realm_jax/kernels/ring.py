@@ -1,4 +1,5 @@
-"""What threads of a kernel read ahead of time, by asynchronous copies to shared memory. Called by `triton_matmul`.
+"""What threads of a kernel read ahead of time, by asynchronous copies to shared memory. Called by `lanes`
+and `ahead`.
 
 A warp copies what it alone will read, so nothing waits but for its own copies. A *stage* is what a step reads; the
 ring holds the stages of the next few steps. What is put in it, and in which order, the caller says the same way each
@@ -16,8 +17,7 @@ from jax import lax
 from realm_jax.kernels import pallas
 from realm_jax.kernels.assembly import assembly
 
-MOST_BYTES = 48 * 1024  # of shared memory that a kernel can declare
-
+MOST_BYTES = 48 * 1024  # of shared memory; with more, fewer programs run at a time
 COPIES = " ".join(f"mov.b32 ${i}, a;" for i in range(4))  # of one item
 Token = jax.Array  # (P,): the address of a thread's first bytes; whoever has it comes after what made it
 

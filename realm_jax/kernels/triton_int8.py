@@ -18,9 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from realm_jax.kernels import codes, fragments, fragments_int8, pallas, triton_matmul
-from realm_jax.kernels.ahead import Ahead
-from realm_jax.kernels.lanes import Codes, Lane, Reader, coordinates
-from realm_jax.kernels.lanes import places as places_of
+from realm_jax.kernels.ahead import Ahead, Rows
+from realm_jax.kernels.lanes import Codes, Reader, coordinates
 from realm_jax.kernels.reference import INT8_BLOCK
 from realm_jax.kernels.ring import Place, Slots, read_now
 from realm_jax.kernels.triton_matmul import MOST_ROWS, ROWS, Plan
@@ -199,27 +198,18 @@ def _kernel(*refs, own: Plan, format: str, names: tuple[str, ...]) -> None:
     nothing = jnp.zeros_like(item)
     zero = fragments.zeros(pallas.load(x_refs[0].at[nothing, nothing, thread % 32, item]))
 
-    def lanes(s: jax.Array, flat: bool) -> list[Lane]:
-        """Where a step is in rows g and g + 8: for items (P, 4), or `flat`, for the first of each thread (P,)."""
-        own_thread = lax.broadcasted_iota(jnp.int32, thread.shape[:1], 0) if flat else thread
-        warp, g, t, _ = coordinates(own_thread)
-        group = jnp.minimum(s * own.warps + warp, (units - 1) // 4)
-        rows = [jnp.minimum(first_row + g + 8 * i, own.outputs - 1) for i in range(2)]
-        return [Lane(planes, row, group, jnp.zeros_like(t) if flat else item, t, units, grid) for row in rows]
+    matrix = Rows(reader, planes, grid, first_row, own.outputs, units, own.warps)
 
     def places(s: jax.Array) -> list[list[Place | None]]:
         x = [columns.place(key, s, 0) for key in columns.keys] if columns.early else []
-        return [*([] if pallas.interpreting() else places_of(reader, lane) for lane in lanes(s, True)), x]
+        return [*matrix.places(s), x]
 
     ahead = Ahead(places, own.warps, own.steps, own.stages)
 
     def step(s: jax.Array, carry: tuple) -> tuple:
         token, totals = carry
         token, (*taken, x) = ahead.next(token, s)
-        rows = [
-            reader.read(lane._replace(taken=iter(items) if items else None))
-            for lane, items in zip(lanes(s, False), taken, strict=True)
-        ]
+        rows = matrix.read(s, taken)
         put = dict(zip(columns.keys, x, strict=True)) if columns.early else {}
 
         @functools.cache

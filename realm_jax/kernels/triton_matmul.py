@@ -23,10 +23,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from realm_jax.kernels import codes, fragments, pallas
-from realm_jax.kernels.ahead import Ahead, places_of_pairs, places_of_pieces, places_of_sums
+from realm_jax.kernels.ahead import Ahead, Rows, places_of_pairs, places_of_pieces, places_of_sums
 from realm_jax.kernels.assembly import chosen
-from realm_jax.kernels.lanes import EVEN, Lane, Reader, coordinates
-from realm_jax.kernels.lanes import places as places_of
+from realm_jax.kernels.lanes import EVEN, Reader, coordinates
 from realm_jax.kernels.operand import LOW, Form, Prepared, operand_of, pieces_of
 from realm_jax.kernels.ring import Place, read_one
 from realm_jax.kernels.tiles import Tiles, find
@@ -180,13 +179,7 @@ def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...]) -> None:
         at = everywhere(clipped(first_tile + tile, own)), 2 * t + column, everywhere(sub), 4 * place + item
         return pallas.load(sums_ref.at[at])
 
-    def lanes(s: jax.Array, flat: bool) -> list[Lane]:
-        """Where a step is in rows g and g + 8: for items (P, 4), or `flat`, for the first (P,)."""
-        own_thread = lax.broadcasted_iota(jnp.int32, thread.shape[:1], 0) if flat else thread
-        warp, g, t, _ = coordinates(own_thread)
-        group = jnp.minimum(s * own.warps + warp, (units - 1) // 4)
-        rows = [jnp.minimum(first_row + g + 8 * i, most - 1) for i in range(2)]
-        return [Lane(planes, row, group, jnp.zeros_like(t) if flat else item, t, units, grid) for row in rows]
+    matrix = Rows(reader, planes, grid, first_row, most, units, own.warps)
 
     def places(s: jax.Array) -> list[list[Place | None]]:
         x = []
@@ -196,7 +189,7 @@ def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...]) -> None:
                 x += sums_places(0, s)
             elif reader.offsets:
                 x += places_of_sums(sums_ref, s, live, own.pieces, own.warps)
-        return [*([] if pallas.interpreting() else places_of(reader, lane) for lane in lanes(s, True)), x]
+        return [*matrix.places(s), x]
 
     def sums_places(tile: int, s: jax.Array) -> list[Place]:
         return places_of_pairs(sums_ref, clipped(first_tile + tile, own), s, live, own.pieces, own.warps)
@@ -206,10 +199,7 @@ def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...]) -> None:
     def step(s: jax.Array, carry: tuple) -> tuple:
         token, totals = carry
         token, (*taken, x) = ahead.next(token, s)
-        rows = [
-            reader.read(lane._replace(taken=iter(items) if items else None))
-            for lane, items in zip(lanes(s, False), taken, strict=True)
-        ]
+        rows = matrix.read(s, taken)
         parts = [
             [
                 _float16_pairs(word, reader.zero, up)
