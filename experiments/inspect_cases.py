@@ -43,8 +43,8 @@ def matmul(format: str = "Q4_K", outputs: int = 28672, inputs: int = 4096, rows:
     import jax.numpy as jnp
 
     from random_model import weight_spec
-    from realm_jax.kernels import triton_matmul
     from realm_jax.kernels.matmul import choose_impl, matmul
+    from realm_jax.kernels.plan import plan
 
     weight = weight_spec(format, (outputs, inputs))
     packed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight))
@@ -53,7 +53,7 @@ def matmul(format: str = "Q4_K", outputs: int = 28672, inputs: int = 4096, rows:
     with mock.patch.object(jax, "default_backend", lambda: "gpu"):
         chosen = choose_impl(x.shape, weight) if impl == "auto" else impl
     if chosen == "triton":
-        facts["trips"] = (triton_matmul.plan(rows, x.dtype, weight).steps,)
+        facts["trips"] = (plan(rows, x.dtype, weight).steps,)
     return lambda x, w: matmul(x, w, impl=impl), (x, weight), facts
 
 

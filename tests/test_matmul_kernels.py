@@ -14,9 +14,10 @@ from test_matmul import nmse
 from test_quant_formats import random_blocks, random_weights
 
 from realm_jax.errors import RealmError
-from realm_jax.kernels import ahead, assembly, choose_impl, codes, lanes, matmul, pallas, reference, triton_matmul
+from realm_jax.kernels import ahead, assembly, choose_impl, codes, lanes, matmul, pallas, reference
 from realm_jax.kernels.matmul import matmul_each
 from realm_jax.kernels.operand import shapes
+from realm_jax.kernels.plan import form_of, plan
 from realm_jax.kernels.ring import Ring, read_now
 from realm_jax.quant import FORMATS, QuantizedTensor
 
@@ -236,8 +237,8 @@ def test_lanes_that_copy_together_fill_every_slot(name, rows, dtype):
     """Of w, and of x where it has one or two columns: places of a group are copied by the same lanes, and those reach
     all slots."""
     reader, x, w = codes.READERS[name], jnp.zeros((rows, 1024), dtype), random_weights(name, 16, 1024, seed=1)
-    own = triton_matmul.plan(rows, dtype, w)
-    pieces, sums, _ = (jnp.zeros(shape.shape, shape.dtype) for shape in shapes(triton_matmul.form_of(x, w)))
+    own = plan(rows, dtype, w)
+    pieces, sums, _ = (jnp.zeros(shape.shape, shape.dtype) for shape in shapes(form_of(x, w)))
     thread = jnp.arange(32 * own.warps, dtype=jnp.int32)
     lane = lanes.Lane(dict(w.planes), 0 * thread, 0 * thread, 0 * thread, thread % 4, reader.units(1024))
     places = [place for place in lanes.places(reader, lane) if place is not None]

@@ -20,7 +20,7 @@ from jax.custom_batching import custom_vmap
 from realm_jax.errors import RealmError
 from realm_jax.kernels import dense, reference, triton_int8, triton_matmul
 from realm_jax.kernels.operand import Form, Prepared, plain
-from realm_jax.kernels.triton_matmul import MOST_ROWS
+from realm_jax.kernels.plan import MOST_ROWS, form_of
 from realm_jax.quant import QuantizedTensor
 
 Weight = jax.Array | QuantizedTensor
@@ -30,22 +30,23 @@ class Implementation(NamedTuple):
     """One way to multiply by packed weights.
 
     refuses: (x shape, w) -> why it cannot serve that call, or None if it can; decided in Python, from static facts.
-    apply: (x (..., K), w (N, K)) -> (..., N) in the dtype of x. transposed: (y (..., N), w) -> (..., K), for gradients.
+    apply: (x (..., K), w (N, K), what is read next, *) -> (..., N) in the dtype of x; only "triton" is told of what is
+    read next. transposed: (y (..., N), w) -> (..., K), for gradients.
     """
 
     refuses: Callable[[tuple[int, ...], QuantizedTensor], str | None]
-    apply: Callable[[jax.Array, QuantizedTensor], jax.Array]
+    apply: Callable[..., jax.Array]
     transposed: Callable[[jax.Array, QuantizedTensor], jax.Array]
 
 
 def _few_rows(
-    apply: Callable[[jax.Array, QuantizedTensor], jax.Array], *, int8: bool
-) -> Callable[[jax.Array, QuantizedTensor], jax.Array]:
+    apply: Callable[..., jax.Array], *, int8: bool
+) -> Callable[..., jax.Array]:
     """`apply`; under `vmap`, more rows of x are more rows, and other weights for each a loop. int8: its arithmetic."""
     vmapped = custom_vmap(apply)
 
     @vmapped.def_vmap
-    def _(size: int, batched: tuple, x: jax.Array | Prepared, w: QuantizedTensor) -> tuple[jax.Array, bool]:
+    def _(size: int, batched: tuple, x: jax.Array | Prepared, w: QuantizedTensor, *_then) -> tuple[jax.Array, bool]:
         x, batched = plain(x), (plain(batched[0]), batched[1])
 
         def product(pair: tuple) -> jax.Array:
@@ -54,7 +55,9 @@ def _few_rows(
 
         if not any(jax.tree.leaves(batched[1])):
             return product((x, w)), True
-        pairs = jax.tree.map(lambda a, own: a if own else jnp.broadcast_to(a, (size, *a.shape)), (x, w), tuple(batched))
+        pairs = jax.tree.map(
+            lambda a, own: a if own else jnp.broadcast_to(a, (size, *a.shape)), (x, w), tuple(batched[:2])
+        )
         return lax.map(product, pairs), True
 
     return vmapped
@@ -87,7 +90,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         _int8(lambda x_shape, w: None), _few_rows(reference.matmul_int8, int8=True), _transposed
     ),
     "triton": Implementation(
-        triton_matmul.refuses, _few_rows(lambda x, w: triton_matmul.matmul(x, w), int8=False), _transposed
+        triton_matmul.refuses, _few_rows(lambda x, w, *then: triton_matmul.matmul(x, w, then=then), int8=False), _transposed
     ),
     "dense": Implementation(dense.refuses, dense.matmul, dense.matmul_transposed),
     "reference": Implementation(lambda x_shape, w: None, reference.matmul, reference.matmul_transposed),
@@ -103,17 +106,18 @@ def choose_impl(x_shape: tuple[int, ...], w: Weight) -> str:
 
 def wanted_form(x: jax.Array, weights: Sequence[Weight]) -> Form | None:
     """In which form x (..., K) serves most of the products by these weights; None where none of them wants any."""
-    forms = [triton_matmul.form_of(x, w) for w in weights if choose_impl(x.shape, w) == "triton"]
+    forms = [form_of(x, w) for w in weights if choose_impl(x.shape, w) == "triton"]
     return max(forms, key=forms.count, default=None)
 
 
-def matmul(x: jax.Array | Prepared, w: Weight, *, impl: str = "auto") -> jax.Array:
+def matmul(x: jax.Array | Prepared, w: Weight, *, impl: str = "auto", then: Sequence[Weight] = ()) -> jax.Array:
     """x @ w.T: x (..., K) float32, bfloat16 or float16 and w (N, K) give (..., N) in the dtype of x.
 
     Products are summed in float32. Differentiable in x; packed weights are constants (their gradient is zero), dense
     weights are differentiable too. x may come prepared for some form: the result is the same to the bit. impl: "auto",
-    or a name in IMPLEMENTATIONS. RealmError if the shapes do not fit, or if that implementation cannot serve this
-    format and shape.
+    or a name in IMPLEMENTATIONS. then: the weights that will be read next, in order, which the kernel for few rows
+    fetches into the GPU's cache meanwhile (`prefetch`); they change no result. RealmError if the shapes do not fit, or
+    if that implementation cannot serve this format and shape.
     """
     prepared, x = x, plain(x)
     if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[-1]:
@@ -123,42 +127,51 @@ def matmul(x: jax.Array | Prepared, w: Weight, *, impl: str = "auto") -> jax.Arr
     else:
         _check_serves(impl, x.shape, w)
     if isinstance(w, QuantizedTensor):
-        return _packed_matmul(impl, x, prepared if impl == "triton" else x, w)
+        prepared, then = (prepared, tuple(then)) if impl == "triton" else (x, ())
+        return _packed_matmul(impl, x, prepared, w, then)
     return reference.dense_matmul(x, w)
 
 
-def matmul_each(x: jax.Array | Prepared, weights: Sequence[Weight]) -> list[jax.Array]:
+def matmul_each(
+    x: jax.Array | Prepared, weights: Sequence[Weight], *, then: Sequence[Weight] = ()
+) -> list[jax.Array]:
     """`matmul` of x by each of the weights, the same to the bit; in fewer launches where the kernel for few rows serves
-    them all."""
+    them all. then: the weights that will be read after these."""
     if len(weights) == 1 or any(choose_impl(x.shape, w) != "triton" or w.shape[-1] != x.shape[-1] for w in weights):
-        return [matmul(x, w) for w in weights]
-    return list(_packed_matmul_each(plain(x), x, tuple(weights)))
+        return [matmul(x, w, then=weights[i + 1 : i + 2] or then) for i, w in enumerate(weights)]
+    return list(_packed_matmul_each(plain(x), x, tuple(weights), tuple(then)))
 
 
 @custom_vmap
-def _each(x: jax.Array | Prepared, weights: tuple[QuantizedTensor, ...]) -> tuple[jax.Array, ...]:
-    return tuple(triton_matmul.matmul_each(x, weights))
+def _each(x: jax.Array | Prepared, weights: tuple[QuantizedTensor, ...], then: tuple) -> tuple[jax.Array, ...]:
+    return tuple(triton_matmul.matmul_each(x, weights, then))
 
 
 @_each.def_vmap
-def _(size: int, batched: tuple, x: jax.Array | Prepared, weights: tuple) -> tuple[tuple[jax.Array, ...], tuple]:
-    x_axes, axes = jax.tree.map(lambda own: 0 if own else None, tuple(batched))
+def _(
+    size: int, batched: tuple, x: jax.Array | Prepared, weights: tuple, _then: tuple
+) -> tuple[tuple[jax.Array, ...], tuple]:
+    x_axes, axes = jax.tree.map(lambda own: 0 if own else None, tuple(batched[:2]))
     results = (jax.vmap(matmul, (x_axes, w_axes))(x, w) for w, w_axes in zip(weights, axes, strict=True))
     return tuple(results), (True,) * len(weights)
 
 
 @jax.custom_vjp
-def _packed_matmul_each(x: jax.Array, prepared: jax.Array | Prepared, weights: tuple) -> tuple[jax.Array, ...]:
-    return _each(prepared, weights)
+def _packed_matmul_each(
+    x: jax.Array, prepared: jax.Array | Prepared, weights: tuple, then: tuple
+) -> tuple[jax.Array, ...]:
+    return _each(prepared, weights, then)
 
 
-def _packed_matmul_each_backward(weights: tuple, changes: tuple[jax.Array, ...]) -> tuple[jax.Array, None, None]:
-    return sum(_transposed(dy, w) for dy, w in zip(changes, weights, strict=True)), None, None
+def _packed_matmul_each_forward(x: jax.Array, prepared: jax.Array | Prepared, weights: tuple, then: tuple) -> tuple:
+    return _packed_matmul_each(x, prepared, weights, then), weights
 
 
-_packed_matmul_each.defvjp(
-    lambda x, prepared, weights: (_packed_matmul_each(x, prepared, weights), weights), _packed_matmul_each_backward
-)
+def _packed_matmul_each_backward(weights: tuple, changes: tuple[jax.Array, ...]) -> tuple[jax.Array, None, None, None]:
+    return sum(_transposed(dy, w) for dy, w in zip(changes, weights, strict=True)), None, None, None
+
+
+_packed_matmul_each.defvjp(_packed_matmul_each_forward, _packed_matmul_each_backward)
 
 
 def _check_serves(impl: str, x_shape: tuple[int, ...], w: Weight) -> None:
@@ -176,17 +189,21 @@ def _check_serves(impl: str, x_shape: tuple[int, ...], w: Weight) -> None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _packed_matmul(impl: str, x: jax.Array, prepared: jax.Array | Prepared, w: QuantizedTensor) -> jax.Array:
+def _packed_matmul(
+    impl: str, x: jax.Array, prepared: jax.Array | Prepared, w: QuantizedTensor, then: tuple[Weight, ...]
+) -> jax.Array:
     """prepared: x again, as it is read. The derivative is all in x."""
-    return IMPLEMENTATIONS[impl].apply(prepared, w)
+    return IMPLEMENTATIONS[impl].apply(prepared, w, *then)
 
 
-def _packed_matmul_forward(impl: str, x: jax.Array, prepared: jax.Array | Prepared, w: QuantizedTensor) -> tuple:
-    return _packed_matmul(impl, x, prepared, w), w  # the packed weights are all that the backward pass needs
+def _packed_matmul_forward(
+    impl: str, x: jax.Array, prepared: jax.Array | Prepared, w: QuantizedTensor, then: tuple[Weight, ...]
+) -> tuple:
+    return _packed_matmul(impl, x, prepared, w, then), w  # the packed weights are all that the backward pass needs
 
 
-def _packed_matmul_backward(impl: str, w: QuantizedTensor, dy: jax.Array) -> tuple[jax.Array, None, None]:
-    return IMPLEMENTATIONS[impl].transposed(dy, w), None, None
+def _packed_matmul_backward(impl: str, w: QuantizedTensor, dy: jax.Array) -> tuple[jax.Array, None, None, None]:
+    return IMPLEMENTATIONS[impl].transposed(dy, w), None, None, None
 
 
 _packed_matmul.defvjp(_packed_matmul_forward, _packed_matmul_backward)

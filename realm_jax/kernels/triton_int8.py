@@ -20,9 +20,9 @@ from jax import lax
 from realm_jax.kernels import codes, fragments, fragments_int8, pallas, triton_matmul
 from realm_jax.kernels.ahead import Ahead, Rows
 from realm_jax.kernels.lanes import Codes, Reader, coordinates
+from realm_jax.kernels.plan import MOST_ROWS, ROWS, Plan, clipped, plan
 from realm_jax.kernels.reference import INT8_BLOCK
 from realm_jax.kernels.ring import Place, Slots, read_now
-from realm_jax.kernels.triton_matmul import MOST_ROWS, ROWS, Plan
 from realm_jax.quant.tensor import QuantizedTensor
 
 MOST_TILES = 4  # of columns, of a program
@@ -66,7 +66,7 @@ def refuses(x_shape: tuple[int, ...], w: QuantizedTensor) -> str | None:
 def matmul(x: jax.Array, w: QuantizedTensor) -> jax.Array:
     """x (..., K) @ w.T for packed weights (N, K), in the dtype of x: `reference.matmul_int8`, but for the order of
     sums; for few rows of x."""
-    own = triton_matmul.plan(math.prod(x.shape[:-1]), jnp.bfloat16, w)  # one column for each row, whatever its type
+    own = plan(math.prod(x.shape[:-1]), jnp.bfloat16, w)  # one column for each row, whatever its type
     reader = codes.READERS[w.format]
     blocks = own.steps * own.warps * 4 * reader.unit // INT8_BLOCK
     form = Form(own.tiles, blocks, reader.sub_block, reader.zero, reader.offsets, reader.mins)
@@ -168,7 +168,7 @@ class Columns:
         warp, _, t, lane = coordinates(lax.broadcasted_iota(jnp.int32, (32 * self.own.warps,), 0))
         group = s * self.own.warps + warp
         zero = jnp.zeros_like(t)
-        tile = zero if self.early else zero + triton_matmul.clipped(self.first_tile + tile, self.own)
+        tile = zero if self.early else zero + clipped(self.first_tile + tile, self.own)
         if name in ("steps", "mins"):
             count = 4 * self.live
             lane = lane % count  # other columns have the same: nobody looks at them

@@ -16,53 +16,20 @@ import functools
 import math
 from collections.abc import Sequence
 from itertools import repeat
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from realm_jax.kernels import codes, fragments, pallas
+from realm_jax.kernels import codes, fragments, pallas, prefetch
 from realm_jax.kernels.ahead import Ahead, Rows, places_of_pairs, places_of_pieces, places_of_sums
 from realm_jax.kernels.assembly import chosen
-from realm_jax.kernels.lanes import EVEN, Reader, coordinates
-from realm_jax.kernels.operand import LOW, Form, Prepared, operand_of, pieces_of
+from realm_jax.kernels.lanes import EVEN, coordinates
+from realm_jax.kernels.operand import LOW, Prepared, operand_of
+from realm_jax.kernels.plan import ROWS, Plan, clipped, most_tiles, own_rows, plan
 from realm_jax.kernels.ring import Place, read_one
 from realm_jax.kernels.tiles import Tiles, find
 from realm_jax.quant.tensor import QuantizedTensor
-
-MOST_ROWS = 64
-ROWS = 16  # of w, of a program
-
-
-class Plan(NamedTuple):
-    """The static shape of a launch.
-
-    rows, width, outputs: M, K, N. pieces: columns that a row of x takes. warps: of a program; they take turns along a
-    row, `steps` times a group of four units each. tiles: of eight columns. stages: steps that a warp reads ahead, with
-    the one it is at; fewer, if they do not fit.
-    """
-
-    rows: int
-    width: int
-    outputs: int
-    pieces: int
-    warps: int
-    steps: int
-    tiles: int
-    stages: int
-
-    def form(self, reader: Reader) -> Form:
-        """What is wanted of x; the same for most formats, and then prepared once."""
-        blocks = self.steps * self.warps * 4 * reader.unit // 32
-        unit, sub_block = (reader.unit, reader.sub_block) if reader.offsets else (64, 32)  # as `mins` want it
-        return Form(self.pieces, self.tiles, blocks, unit, sub_block)
-
-
-def most_tiles(format: str) -> int:
-    """How many column tiles fit in a program's registers."""
-    reader = codes.READERS[format]
-    return 8 if reader.sub_block == 32 else 2 if reader.offsets else 4
 
 
 def refuses(x_shape: tuple[int, ...], w: QuantizedTensor) -> str | None:
@@ -78,35 +45,24 @@ def refuses(x_shape: tuple[int, ...], w: QuantizedTensor) -> str | None:
     return None
 
 
-def plan(rows: int, dtype: jnp.dtype, w: QuantizedTensor, tiles: Tiles | None = None) -> Plan:
-    """How a product is cut: warps share the groups of a row among them, each `steps` of them."""
-    outputs, width = w.shape
-    reader = codes.READERS[w.format]
-    tiles = tiles or find(w.format, outputs, width)
-    groups = -(-reader.units(width) // 4)
-    # Two steps of more warps, where a step reads so much, would not fit in shared memory.
-    warps = min(tiles.warps, 2 if reader.unit > 64 else 16, 1 << groups.bit_length() - 1)
-    pieces = pieces_of(dtype)
-    steps = -(-groups // warps)
-    return Plan(rows, width, outputs, pieces, warps, steps, -(-rows * pieces // 8), min(tiles.stages, steps))
-
-
-def form_of(x: jax.Array, w: QuantizedTensor) -> Form:
-    """In which a product by w takes x (..., K)."""
-    return plan(math.prod(x.shape[:-1]), x.dtype, w).form(codes.READERS[w.format])
-
-
-def matmul(x: jax.Array | Prepared, w: QuantizedTensor, tiles: Tiles | None = None) -> jax.Array:
+def matmul(
+    x: jax.Array | Prepared,
+    w: QuantizedTensor,
+    tiles: Tiles | None = None,
+    then: Sequence[jax.Array | QuantizedTensor] = (),
+) -> jax.Array:
     """x (..., K) @ w.T for packed weights (N, K), in the dtype of x; for few rows of x. tiles: None, what was found
-    best for such weights on this device.
+    best for such weights on this device. then: weights that are read next (see `prefetch`).
 
     Of float32 x 22 bits of every number count (fewer of one that is 2^29 times smaller than the largest of its row);
     16-bit x is exact. A row of x that is not finite gives NaN.
     """
-    return _launch(x, [w], plan(math.prod(x.shape[:-1]), x.dtype, w, tiles))[0]
+    return _launch(x, [w], plan(math.prod(x.shape[:-1]), x.dtype, w, tiles), then)[0]
 
 
-def matmul_each(x: jax.Array | Prepared, weights: Sequence[QuantizedTensor]) -> list[jax.Array]:
+def matmul_each(
+    x: jax.Array | Prepared, weights: Sequence[QuantizedTensor], then: Sequence[jax.Array | QuantizedTensor] = ()
+) -> list[jax.Array]:
     """`matmul` of x by each of the weights: one launch for those next to each other that can share it."""
     plans = [plan(math.prod(x.shape[:-1]), x.dtype, w) for w in weights]
     results, together = [], [0]
@@ -114,7 +70,7 @@ def matmul_each(x: jax.Array | Prepared, weights: Sequence[QuantizedTensor]) -> 
         if i < len(weights) and _shared(weights[i - 1], plans[i - 1]) == _shared(weights[i], plans[i]) is not None:
             together.append(i)
         else:
-            results += _launch(x, [weights[j] for j in together], plans[together[0]])
+            results += _launch(x, [weights[j] for j in together], plans[together[0]], weights[i : i + 1] or then)
             together = [i]
     return results
 
@@ -127,19 +83,25 @@ def _shared(w: QuantizedTensor, own: Plan) -> tuple | None:
     return w.format, own._replace(outputs=0)
 
 
-def _launch(x: jax.Array | Prepared, weights: list[QuantizedTensor], own: Plan) -> list[jax.Array]:
+def _launch(
+    x: jax.Array | Prepared,
+    weights: list[QuantizedTensor],
+    own: Plan,
+    then: Sequence[jax.Array | QuantizedTensor],
+) -> list[jax.Array]:
     """Products by weights of one format and one plan, but for their outputs."""
     format = weights[0].format
     reader, names = codes.READERS[format], codes.fields(format)
     prepared = operand_of(x, own.form(reader))
     planes = [w.planes[name] for w in weights for name in names]
-    operands = [*prepared, *planes, *([] if reader.grid is None else [jnp.asarray(reader.grid())])]
+    later, asked = prefetch.request(then)
+    operands = [*later, *prepared, *planes, *([] if reader.grid is None else [jnp.asarray(reader.grid())])]
     outputs = tuple(w.shape[0] for w in weights)
     results = pallas.call(
-        functools.partial(_kernel, own=own, format=format, outputs=outputs),
+        functools.partial(_kernel, own=own, format=format, outputs=outputs, asked=asked),
         operands,
         tuple(pallas.Shape((own.rows, count), x.dtype) for count in outputs),
-        grid=(sum(-(-count // ROWS) for count in outputs), -(-own.tiles // most_tiles(format))),
+        grid=_grid(own, format, outputs),
         num_warps=own.warps,
         num_stages=1,
         name=f"matmul_{format}",
@@ -147,12 +109,17 @@ def _launch(x: jax.Array | Prepared, weights: list[QuantizedTensor], own: Plan) 
     return [y.reshape(*x.shape[:-1], -1) for y in results]
 
 
-def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...]) -> None:
+def _grid(own: Plan, format: str, outputs: tuple[int, ...]) -> tuple[int, int]:
+    return sum(-(-count // ROWS) for count in outputs), -(-own.tiles // most_tiles(format))
+
+
+def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], asked: prefetch.Request) -> None:
     """One program: ROWS rows of one of the weights, all of K, up to `most_tiles` tiles of eight columns."""
+    later, refs = refs[: len(asked.counts)], refs[len(asked.counts) :]
     pieces_ref, sums_ref, back_ref, *plane_refs = refs[: -len(outputs)]
     reader = codes.READERS[format]
     grid = plane_refs.pop() if reader.grid else None
-    which, first_row, most = _own_rows(outputs)
+    which, first_row, most = own_rows(outputs, ROWS)
     names = codes.fields(format)
     planes = {name: chosen(tuple(plane_refs[i :: len(names)]), which) for i, name in enumerate(names)}
     first_tile = pallas.program_id(1) * most_tiles(format)
@@ -249,28 +216,11 @@ def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...]) -> None:
         return [zero if items is None else items for items in x[blocks + 2 * sub : blocks + 2 * sub + 2]]
 
     _, totals = lax.fori_loop(0, own.steps, step, (ahead.begin(), [zero] * tiles))
+    prefetch.fetch(later, asked, _grid(own, format, outputs), own.warps)
     for tile, total in enumerate(totals):
         total = fragments.sum_over_warps(total, own.warps)
         for number, y_ref in enumerate(refs[-len(outputs) :]):
             _store(y_ref, back_ref, total, first_row, first_tile + tile, own, which == number)
-
-
-def _own_rows(outputs: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Which of the weights a program multiplies by, from which row on, and how many rows that has."""
-    program = pallas.program_id(0)
-    which, first, most, start = jnp.int32(0), program, jnp.int32(outputs[0]), 0
-    for number, count in enumerate(outputs[:-1], 1):
-        start += -(-count // ROWS)
-        beyond = program >= start
-        which = jnp.where(beyond, number, which)
-        first = jnp.where(beyond, program - start, first)
-        most = jnp.where(beyond, outputs[number], most)
-    return which, first * ROWS, most
-
-
-def clipped(tile: jax.Array, own: Plan) -> jax.Array:
-    """Programs of the last tiles may have fewer of them: they repeat the last, and do not store it."""
-    return jnp.minimum(tile, own.tiles - 1)
 
 
 def _float16_pairs(word: jax.Array, zero: int, raised: int) -> tuple[jax.Array, jax.Array]:

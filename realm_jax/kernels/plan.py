@@ -1,0 +1,100 @@
+"""How a product by packed weights is cut into programs. Called by the kernels for few rows.
+
+In which order a result is summed follows from the format and the shape of w: the groups of a row of w are dealt out to
+a few `turns`, each is summed, and then the sums are added one after the other. Who takes a turn is another matter: a
+warp each, in one program (`plan`), or a warp all of them, or a program each (`wide`).
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from realm_jax.kernels import codes, pallas
+from realm_jax.kernels.lanes import Reader
+from realm_jax.kernels.operand import Form, pieces_of
+from realm_jax.kernels.tiles import Tiles, find
+from realm_jax.quant.tensor import QuantizedTensor
+
+ROWS = 16  # of w, of a warp
+MOST_ROWS = 64  # of x
+
+
+class Plan(NamedTuple):
+    """The static shape of a launch.
+
+    rows, width, outputs: M, K, N. pieces: columns that a row of x takes. turns: in which a row is summed, `steps` times
+    a group of four units each. tiles: of eight columns. stages: steps that a warp reads ahead, with the one it is at;
+    fewer, if they do not fit. across: 0, or how many warps of a program have ROWS rows of w each, for all turns.
+    split: whether then each turn is a program of its own.
+    """
+
+    rows: int
+    width: int
+    outputs: int
+    pieces: int
+    turns: int
+    steps: int
+    tiles: int
+    stages: int
+    across: int = 0
+    split: bool = False
+
+    @property
+    def warps(self) -> int:
+        """Of a program."""
+        return self.across or self.turns
+
+    @property
+    def program_rows(self) -> int:
+        """Rows of w of a program."""
+        return ROWS * max(self.across, 1)
+
+    def form(self, reader: Reader) -> Form:
+        """What is wanted of x; the same for most formats, and then prepared once."""
+        blocks = self.steps * self.turns * 4 * reader.unit // 32
+        unit, sub_block = (reader.unit, reader.sub_block) if reader.offsets else (64, 32)  # as `mins` want it
+        return Form(self.pieces, self.tiles, blocks, unit, sub_block)
+
+
+def plan(rows: int, dtype: jnp.dtype, w: QuantizedTensor, tiles: Tiles | None = None) -> Plan:
+    """How a product is cut where warps share the groups of a row among them."""
+    outputs, width = w.shape
+    reader = codes.READERS[w.format]
+    tiles = tiles or find(w.format, outputs, width)
+    groups = -(-reader.units(width) // 4)
+    # Two steps of more warps, where a step reads so much, would not fit in shared memory.
+    turns = min(tiles.warps, 2 if reader.unit > 64 else 16, 1 << groups.bit_length() - 1)
+    pieces = pieces_of(dtype)
+    steps = -(-groups // turns)
+    return Plan(rows, width, outputs, pieces, turns, steps, -(-rows * pieces // 8), min(tiles.stages, steps))
+
+
+def form_of(x: jax.Array, w: QuantizedTensor) -> Form:
+    """In which a product by w takes x (..., K)."""
+    return plan(math.prod(x.shape[:-1]), x.dtype, w).form(codes.READERS[w.format])
+
+
+def most_tiles(format: str) -> int:
+    """How many column tiles fit in a program's registers."""
+    reader = codes.READERS[format]
+    return 8 if reader.sub_block == 32 else 2 if reader.offsets else 4
+
+
+def own_rows(outputs: tuple[int, ...], program_rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Which of the weights a program multiplies by, from which row on, and how many rows that has."""
+    program = pallas.program_id(0)
+    which, first, most, start = jnp.int32(0), program, jnp.int32(outputs[0]), 0
+    for number, count in enumerate(outputs[:-1], 1):
+        start += -(-count // program_rows)
+        beyond = program >= start
+        which = jnp.where(beyond, number, which)
+        first = jnp.where(beyond, program - start, first)
+        most = jnp.where(beyond, outputs[number], most)
+    return which, first * program_rows, most
+
+
+def clipped(tile: jax.Array, own: Plan) -> jax.Array:
+    """Programs of the last tiles may have fewer of them: they repeat the last, and do not store it."""
+    return jnp.minimum(tile, own.tiles - 1)
