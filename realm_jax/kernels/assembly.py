@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
+from jax.extend.core import Effect, Primitive
 from jax.interpreters import mlir
 
 try:
@@ -23,6 +23,10 @@ except ImportError:
 
 _assembly = Primitive("assembly")
 _assembly.multiple_results = True
+
+
+class Kept(Effect):
+    """Of assembly that JAX must not leave out though nobody wants its result."""
 
 
 class Chosen(NamedTuple):
@@ -54,26 +58,29 @@ def assembly(
     results: int = 1,
     pack: int = 1,
     pure: bool = True,
+    kept: bool = False,
 ) -> jax.Array:
     """What the text leaves in its results, for each element of the operands, all of one shape.
 
     addresses: pairs of a ref (or `Chosen`) and a flat place in it (int32, that shape): operands too, before the others,
     as the address of that item ("l"). results: 1, or 4: then they stand next to each other on a last axis, and all
     belong to one thread. pack: neighbours on the last axis that one instance of the text takes, and gives. pure: False
-    for what has effects; it keeps its place among others of the kind, but is left out if nobody wants its result.
+    for what has effects; it keeps its place among others of the kind, but is left out if nobody wants its result,
+    unless `kept` (not in a loop).
     """
     flat, choices = [], []
     for ref, place in addresses:
         many = isinstance(ref, Chosen)
         flat += [*ref.refs, ref.which, place] if many else [ref, place]
         choices.append(len(ref.refs) if many else 1)
-    static = {"result": result, "choices": tuple(choices), "results": results, "pack": pack, "pure": pure}
+    static = {"result": result, "choices": tuple(choices), "results": results, "pack": pack, "pure": pure, "kept": kept}
     return _assembly.bind(*flat, *operands, text=text, constraints=",".join(constraints), **static)[0]
 
 
-@_assembly.def_abstract_eval
-def _(*operands, result: jax.ShapeDtypeStruct, results: int, **_static) -> list:
-    return [jax.core.ShapedArray(result.shape if results == 1 else (*result.shape, results), result.dtype)]
+@_assembly.def_effectful_abstract_eval
+def _(*operands, result: jax.ShapeDtypeStruct, results: int, kept: bool, **_static) -> tuple[list, set[Effect]]:
+    shape = result.shape if results == 1 else (*result.shape, results)
+    return [jax.core.ShapedArray(shape, result.dtype)], {Kept()} if kept else set()
 
 
 def available() -> bool:
@@ -81,7 +88,7 @@ def available() -> bool:
     return lowering is not None
 
 
-def _lower(_context, *operands, text, constraints, result, choices, results, pack, pure) -> list:
+def _lower(_context, *operands, text, constraints, result, choices, results, pack, pure, kept) -> list:
     dtype = jnp.dtype(result.dtype)
     signless = jnp.dtype(f"int{8 * dtype.itemsize}") if dtype.kind == "u" else dtype
     shape, element = list(result.shape), mlir.dtype_to_ir_type(signless)

@@ -39,9 +39,7 @@ class Implementation(NamedTuple):
     transposed: Callable[[jax.Array, QuantizedTensor], jax.Array]
 
 
-def _few_rows(
-    apply: Callable[..., jax.Array], *, int8: bool
-) -> Callable[..., jax.Array]:
+def _few_rows(apply: Callable[..., jax.Array], *, int8: bool) -> Callable[..., jax.Array]:
     """`apply`; under `vmap`, more rows of x are more rows, and other weights for each a loop. int8: its arithmetic."""
     vmapped = custom_vmap(apply)
 
@@ -90,7 +88,9 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         _int8(lambda x_shape, w: None), _few_rows(reference.matmul_int8, int8=True), _transposed
     ),
     "triton": Implementation(
-        triton_matmul.refuses, _few_rows(lambda x, w, *then: triton_matmul.matmul(x, w, then=then), int8=False), _transposed
+        triton_matmul.refuses,
+        _few_rows(lambda x, w, *then: triton_matmul.matmul(x, w, then=then), int8=False),
+        _transposed,
     ),
     "dense": Implementation(dense.refuses, dense.matmul, dense.matmul_transposed),
     "reference": Implementation(lambda x_shape, w: None, reference.matmul, reference.matmul_transposed),
@@ -132,9 +132,7 @@ def matmul(x: jax.Array | Prepared, w: Weight, *, impl: str = "auto", then: Sequ
     return reference.dense_matmul(x, w)
 
 
-def matmul_each(
-    x: jax.Array | Prepared, weights: Sequence[Weight], *, then: Sequence[Weight] = ()
-) -> list[jax.Array]:
+def matmul_each(x: jax.Array | Prepared, weights: Sequence[Weight], *, then: Sequence[Weight] = ()) -> list[jax.Array]:
     """`matmul` of x by each of the weights, the same to the bit; in fewer launches where the kernel for few rows serves
     them all. then: the weights that will be read after these."""
     if len(weights) == 1 or any(choose_impl(x.shape, w) != "triton" or w.shape[-1] != x.shape[-1] for w in weights):

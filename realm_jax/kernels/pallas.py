@@ -54,6 +54,13 @@ def serves(capability: str) -> bool:
     return bool(point) and major.isdigit() and int(major) >= int(OLDEST.partition(".")[0])
 
 
+def capability() -> str:
+    """Compute capability of the GPU that is traced for, be it here or not; of several the least, of none Ampere's."""
+    devices = jax.config.jax_default_device, *jax.devices()
+    known = [found for device in devices if (found := getattr(device, "compute_capability", None))]
+    return min(known, key=lambda found: tuple(map(int, found.split("."))), default=OLDEST)
+
+
 def call(
     body: Callable[..., None],
     operands: Sequence[jax.Array],
