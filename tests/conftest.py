@@ -17,7 +17,7 @@ if not ON_GPU:
 # No test reads or warms the user's own compilation cache, or reads their tile sizes; commands that tests start as
 # processes share this cache.
 _cache = tempfile.TemporaryDirectory(prefix="realm-test-cache-", ignore_cleanup_errors=True)
-for _name in ("JAX_COMPILATION_CACHE_DIR", "REALM_JAX_CACHE", "REALM_TILES"):
+for _name in ("JAX_COMPILATION_CACHE_DIR", "REALM_JAX_CACHE", "REALM_TILES", "REALM_PREFETCH"):
     os.environ.pop(_name, None)
 os.environ["XDG_CACHE_HOME"] = _cache.name
 os.environ["MPLBACKEND"] = "agg"

@@ -52,10 +52,8 @@ def _few_rows(apply: Callable[..., jax.Array], *, int8: bool) -> Callable[..., j
             return matmul(x, w if int8 else w.replace(arithmetic="float"))
 
         if not any(jax.tree.leaves(batched[1])):
-            return product((x, w)), True
-        pairs = jax.tree.map(
-            lambda a, own: a if own else jnp.broadcast_to(a, (size, *a.shape)), (x, w), tuple(batched[:2])
-        )
+            return product((x, w)), batched[0]
+        pairs = jax.tree.map(lambda a, own: a if own else jnp.broadcast_to(a, (size, *a.shape)), (x, w), batched)
         return lax.map(product, pairs), True
 
     return vmapped
@@ -150,7 +148,8 @@ def _(
     size: int, batched: tuple, x: jax.Array | Prepared, weights: tuple, _then: tuple
 ) -> tuple[tuple[jax.Array, ...], tuple]:
     x_axes, axes = jax.tree.map(lambda own: 0 if own else None, tuple(batched[:2]))
-    results = (jax.vmap(matmul, (x_axes, w_axes))(x, w) for w, w_axes in zip(weights, axes, strict=True))
+    vmapped = functools.partial(jax.vmap, matmul, axis_size=size)
+    results = (vmapped((x_axes, w_axes))(x, w) for w, w_axes in zip(weights, axes, strict=True))
     return tuple(results), (True,) * len(weights)
 
 

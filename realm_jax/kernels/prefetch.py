@@ -24,13 +24,7 @@ MOST_BYTES = 16 * 2**20  # of a launch: a third of the cache of an H100, which h
 SMALL_CACHES = ("8.6", "8.7")  # compute capabilities of GPUs whose cache has 6 MB or less
 PROGRAMS = 264  # that ask, at most: what earlier ones ask for would be gone before it is read
 ALIGNMENT = 16  # bytes
-LEAST = 8192  # bytes that a warp asks for, if there are as many: each time takes it some instructions
-# Operands: the address of a warp's part, how many bytes that has, and 128 times the lane.
-BULK = """{ .reg .pred p; mov.b32 $0, 0; setp.eq.s32 p, $3, 0; setp.gt.and.s32 p, $2, 0, p; @!p bra end;
-    cp.async.bulk.prefetch.L2.global [$1], $2; end: }"""
-LINES = """{ .reg .pred p; .reg .b32 at; .reg .b64 line; mov.b32 $0, 0; mov.b32 at, $3; cvt.s64.s32 line, at;
-    add.s64 line, line, $1; next: setp.ge.s32 p, at, $2; @p bra end; prefetch.global.L2 [line];
-    add.s32 at, at, 4096; add.s64 line, line, 4096; bra next; end: }"""
+LEAST, MOST = 2**13, 2**19  # bytes that a warp asks for: no fewer, if there are as many; one instruction takes 2^20
 
 
 class Request(NamedTuple):
@@ -48,7 +42,8 @@ def request(weights: Sequence[jax.Array | QuantizedTensor]) -> tuple[list[jax.Ar
     """
     if pallas.interpreting() or not weights:
         return [], Request()
-    found = first_rows(weights, most_bytes())
+    if not (found := first_rows(weights, most_bytes())):
+        return [], Request()
     bulk = int(pallas.capability().partition(".")[0]) >= 9
     return [plane for plane, _ in found], Request(tuple(count for _, count in found), bulk)
 
@@ -78,47 +73,57 @@ def first_rows(weights: Sequence[jax.Array | QuantizedTensor], budget: int) -> l
 
 
 class Parts(NamedTuple):
-    """How the first `count` bytes of a plane are cut for so many warps that ask for a part each: into `many` of `size`
-    bytes, the last may have fewer. Part 0 is for warp `first`."""
+    """How the first `counts` bytes of planes are cut: into parts of `size` bytes, the last of each may have fewer."""
 
-    count: int
+    counts: tuple[int, ...]
     size: int
-    first: int
-    warps: int
 
-    @property
-    def many(self) -> int:
-        return -(-self.count // self.size)
+    def of(self, number: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Part `number`: of which plane, from which byte on, and how many bytes; none past the last or below 0."""
+        which, first, count, start = jnp.zeros_like(number), number, self.counts[0], 0
+        for plane, before in enumerate(self.counts[:-1], 1):
+            start += -(-before // self.size)
+            beyond = number >= start
+            which = jnp.where(beyond, plane, which)
+            first = jnp.where(beyond, number - start, first)
+            count = jnp.where(beyond, self.counts[plane], count)
+        first = first * self.size
+        return which, first, jnp.where(number < 0, 0, jnp.clip(count - first, 0, self.size))
 
-    def of(self, warp: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Which part is for a warp, and how many bytes it has: 0, if there is none for it."""
-        number = warp - self.first
-        number = jnp.where(number < 0, number + self.warps, number)
-        return number, jnp.clip(self.count - number * self.size, 0, self.size)
 
-
-def cut(counts: Sequence[int], warps: int) -> list[Parts]:
-    """Parts of planes for so many warps, which get nearly the same number of them."""
-    found, first = [], 0
-    for count in counts:
-        size = max(LEAST, -(-count // (warps * ALIGNMENT)) * ALIGNMENT)
-        found.append(Parts(count, size, first, warps))
-        first = (first + found[-1].many) % warps
-    return found
+def cut(counts: tuple[int, ...], warps: int) -> Parts:
+    """Parts of planes, one for a warp at most; where there are very few warps, the last parts are for none."""
+    size = -(-sum(counts) // (max(1, warps - len(counts)) * ALIGNMENT)) * ALIGNMENT
+    return Parts(counts, min(max(LEAST, size), MOST))
 
 
 def fetch(refs: Sequence[Any], asked: Request, grid: tuple[int, int], warps: int) -> None:
-    """In a program of `grid`, of so many warps: asks for its parts of the planes, if it is one of the last."""
+    """In a program of `grid`, of so many warps: each asks for its part of the planes, if it is one of the last."""
     if not refs:
         return
     programs = grid[0] * grid[1]
     asking = min(programs, PROGRAMS)
     program = pallas.program_id(1) * grid[0] + pallas.program_id(0) - (programs - asking)
     thread = lax.broadcasted_iota(jnp.int32, (32 * warps,), 0)
-    warp = thread // 32 * asking + program  # so that neighbouring parts are of different programs
-    for ref, parts in zip(refs, cut(asked.counts, asking * warps), strict=True):
-        number, count = parts.of(warp)
-        operands = jnp.where(program < 0, 0, count), thread % 32 * 128
-        address = [(ref, number * (parts.size // ref.dtype.itemsize))]
-        text, result = BULK if asked.bulk else LINES, pallas.Shape(thread.shape, jnp.int32)
-        assembly(text, ["=&r", "l", "r", "r"], result, *operands, addresses=address, pure=False, kept=True)
+    # Neighbouring parts are of different programs: so all have as much to do.
+    number = jnp.where(program < 0, -1, thread // 32 * asking + program)
+    operands = *cut(asked.counts, asking * warps).of(number), thread % 32 * 128
+    addresses = [(ref, jnp.zeros_like(thread)) for ref in refs]
+    constraints = ["=&r", *["l"] * len(refs), *["r"] * len(operands)]
+    result = pallas.Shape(thread.shape, jnp.int32)
+    text = _text(len(refs), asked.bulk)
+    assembly(text, constraints, result, *operands, addresses=addresses, pure=False, kept=True)
+
+
+def _text(planes: int, bulk: bool) -> str:
+    """Operands: the addresses of planes; which of them, the first byte, and how many; 128 times the lane."""
+    which, first, count, own = (f"${planes + i}" for i in range(1, 5))
+    chosen = " ".join(f"setp.eq.s32 p, {which}, {i}; @p mov.b64 at, ${i + 1};" for i in range(1, planes))
+    begin = f"""{{ .reg .pred p; .reg .b32 done; .reg .b64 at, more; mov.b32 $0, 0; mov.b64 at, $1; {chosen}
+        cvt.s64.s32 more, {first}; add.s64 at, at, more;"""
+    if bulk:
+        return f"""{begin} setp.eq.s32 p, {own}, 0; setp.gt.and.s32 p, {count}, 0, p; @!p bra end;
+            cp.async.bulk.prefetch.L2.global [at], {count}; end: }}"""
+    return f"""{begin} mov.b32 done, {own}; cvt.s64.s32 more, done; add.s64 at, at, more;
+        next: setp.ge.s32 p, done, {count}; @p bra end; prefetch.global.L2 [at];
+        add.s32 done, done, 4096; add.s64 at, at, 4096; bra next; end: }}"""
