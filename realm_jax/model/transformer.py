@@ -143,7 +143,7 @@ def _read_after(params: Params, i: int) -> tuple[Weight, ...]:
     """The weights that a step multiplies by first after layer i: of the next layer, or for the logits."""
     if i + 1 < len(params.layers):
         attn = params.layers[i + 1].attn
-        return attn.q, attn.k, attn.v
+        return attn.q, attn.k  # without v, whose format is often another: each makes one more kernel to compile
     return (params.embedding if params.output is None else params.output,)
 
 
