@@ -84,7 +84,8 @@ def test_what_is_no_number_is_refused(monkeypatch):
 )
 def test_the_instruction_is_that_of_the_gpu(monkeypatch, capability, instruction, outputs):
     monkeypatch.setattr(pallas, "capability", lambda: capability)
-    x, w, then = pallas.Shape((1, 256), jnp.bfloat16), weight_spec("Q8_0", (outputs, 256)), weight_spec("Q4_0", (64, 512))
+    x, w = pallas.Shape((1, 256), jnp.bfloat16), weight_spec("Q8_0", (outputs, 256))
+    then = weight_spec("Q4_0", (64, 512))
     traced = jax.jit(lambda x, w, *then: matmul(x, w, impl="triton", then=then)).trace(x, w, then, x)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count(instruction) == 1 and ("bulk" in text) == (capability == "9.0")
@@ -99,10 +100,7 @@ def test_switched_off_or_without_weights_nothing_is_asked_for(monkeypatch):
 
 
 def test_results_gradients_and_vmap_are_the_same():
-    x, w = (
-        jnp.asarray(np.random.default_rng(0).standard_normal((3, 64)), jnp.float32),
-        random_weights("Q8_0", 5, 64, seed=1),
-    )
+    x, w = jax.random.normal(jax.random.key(0), (3, 64)), random_weights("Q8_0", 5, 64, seed=1)
     then = random_weights("Q8_0", 7, 64, seed=2), jnp.ones((4, 5))
 
     def both(x, then):
