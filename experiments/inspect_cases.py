@@ -37,10 +37,16 @@ def step(
     return loop, args, {"donate": (1,), "thunks": True}
 
 
-def matmul(format: str = "Q4_K", outputs: int = 28672, inputs: int = 4096, rows: int = 1, impl: str = "auto") -> tuple:
-    """The product of x (rows, inputs) and packed weights (outputs, inputs)."""
+def matmul(
+    format: str = "Q4_K",
+    outputs: int = 28672,
+    inputs: int = 4096,
+    rows: int = 1,
+    impl: str = "auto",
+    activations: str = "float32",
+) -> tuple:
+    """The product of x (rows, inputs) of type `activations` and packed weights (outputs, inputs)."""
     import jax
-    import jax.numpy as jnp
 
     from random_model import weight_spec
     from realm_jax.kernels.matmul import choose_impl, matmul
@@ -48,7 +54,7 @@ def matmul(format: str = "Q4_K", outputs: int = 28672, inputs: int = 4096, rows:
 
     weight = weight_spec(format, (outputs, inputs))
     packed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight))
-    x = jax.ShapeDtypeStruct((rows, inputs), jnp.float32)
+    x = jax.ShapeDtypeStruct((rows, inputs), activations)
     facts = {"weights": outputs * inputs, "bytes": packed}
     with mock.patch.object(jax, "default_backend", lambda: "gpu"):
         chosen = choose_impl(x.shape, weight) if impl == "auto" else impl

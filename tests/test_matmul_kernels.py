@@ -14,10 +14,9 @@ from test_matmul import nmse
 from test_quant_formats import random_blocks, random_weights
 
 from realm_jax.errors import RealmError
-from realm_jax.kernels import ahead, assembly, choose_impl, codes, lanes, matmul, pallas, reference
+from realm_jax.kernels import ahead, assembly, choose_impl, codes, lanes, matmul, pallas, plan, reference
 from realm_jax.kernels.matmul import matmul_each
 from realm_jax.kernels.operand import shapes
-from realm_jax.kernels.plan import form_of, plan
 from realm_jax.kernels.ring import Ring, read_now
 from realm_jax.quant import FORMATS, QuantizedTensor
 
@@ -75,6 +74,25 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it():
         np.testing.assert_array_equal(np.asarray(matmul(x[-rows:], w)), whole[-rows:])
 
 
+@pytest.mark.parametrize(
+    ("name", "few_outputs", "dtype"),
+    [
+        ("Q4_K", 0, jnp.bfloat16),
+        pytest.param("Q6_K", 8192, jnp.float32, marks=pytest.mark.slow),
+        pytest.param("Q2_K", 0, jnp.float32, marks=pytest.mark.slow),
+        pytest.param("NVFP4", 0, jnp.bfloat16, marks=pytest.mark.slow),
+    ],
+)
+def test_turns_of_one_warp_or_of_a_program_each_give_the_bits_of_a_warp_each(name, few_outputs, dtype, monkeypatch):
+    monkeypatch.setattr(plan, "FEW_OUTPUTS", few_outputs)
+    x, w, _ = product(name, 17, 150, 1024, dtype)
+    own = plan.wide(plan.plan(17, dtype, w), w)
+    assert own.across and own.turns > 1 and own.split == (few_outputs > 0)
+    whole = np.asarray(matmul(x, w, impl="triton"))
+    for row in (0, 16):
+        np.testing.assert_array_equal(np.asarray(matmul(x[row : row + 1], w, impl="triton")), whole[row : row + 1])
+
+
 def test_rows_of_any_size_and_rows_that_are_not_finite():
     x, w, want = product("Q4_0", 6, 16, 256)
     scales = np.float32([1e-30, 1e-3, 1, 1e30, 1, 1])
@@ -126,16 +144,17 @@ def test_more_rows_than_it_takes_are_refused_in_one_line():
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in ("Q8_0", "IQ2_XS") else pytest.mark.slow) for name in codes.READERS]
 )
+@pytest.mark.parametrize("rows", [1, pytest.param(33, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("for_an_h200")
-def test_it_lowers_for_cuda(name):
-    x, w, _ = product(name, 1, 16, 512)
+def test_it_lowers_for_cuda(name, rows):
+    x, w, _ = product(name, rows, 16, 512)
     lowered = jax.jit(functools.partial(matmul, impl="triton")).trace(x, w).lower(lowering_platforms=("cuda",))
     assert f"matmul_{name}" in lowered.as_text() and "cp.async" in lowered.as_text()
 
 
 @pytest.mark.usefixtures("for_an_h200")
 def test_it_lowers_where_nothing_can_be_copied_ahead():
-    x, w, _ = product("Q6_K", 5, 16, 1280)  # ten units, and too many columns of x
+    x, w, _ = product("Q6_K", 3, 16, 1280)  # ten units, and too many columns of x
     lowered = jax.jit(functools.partial(matmul, impl="triton")).trace(x, w).lower(lowering_platforms=("cuda",))
     assert "cp.async" not in lowered.as_text()
 
@@ -237,8 +256,8 @@ def test_lanes_that_copy_together_fill_every_slot(name, rows, dtype):
     """Of w, and of x where it has one or two columns: places of a group are copied by the same lanes, and those reach
     all slots."""
     reader, x, w = codes.READERS[name], jnp.zeros((rows, 1024), dtype), random_weights(name, 16, 1024, seed=1)
-    own = plan(rows, dtype, w)
-    pieces, sums, _ = (jnp.zeros(shape.shape, shape.dtype) for shape in shapes(form_of(x, w)))
+    own = plan.plan(rows, dtype, w)
+    pieces, sums, _ = (jnp.zeros(shape.shape, shape.dtype) for shape in shapes(plan.form_of(x, w)))
     thread = jnp.arange(32 * own.warps, dtype=jnp.int32)
     lane = lanes.Lane(dict(w.planes), 0 * thread, 0 * thread, 0 * thread, thread % 4, reader.units(1024))
     places = [place for place in lanes.places(reader, lane) if place is not None]

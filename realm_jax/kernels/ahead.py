@@ -1,17 +1,19 @@
 """What the steps of a product read ahead of time: w, as its reader says, and x, where it has few columns. Called by
-`triton_matmul` and `triton_int8`.
+`triton_matmul`, `triton_wide` and `triton_int8`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from realm_jax.kernels import pallas
+from realm_jax.kernels import codes, pallas
+from realm_jax.kernels.assembly import chosen
 from realm_jax.kernels.lanes import Codes, Lane, Reader, coordinates, places
-from realm_jax.kernels.ring import Place, Ring, Slots, Token, read_now
+from realm_jax.kernels.plan import ROWS, Plan, own_rows
+from realm_jax.kernels.ring import Place, Ring, Slots, Token, commit, read_now
 
 
 class Ahead:
@@ -28,28 +30,36 @@ class Ahead:
     def _copied(self, step: jax.Array) -> list[Place]:
         return _there(self.places(step))
 
+    def start(self) -> Token | None:
+        """The ring, empty."""
+        return self.ring and self.ring.begin()
+
     def begin(self) -> Token | None:
-        if self.ring is None:
-            return None
-        token = self.ring.begin()
+        """The ring, with all begun that `next` wants."""
+        token = self.start()
         for step in range(self.ahead):
-            token = self._put(token, jnp.int32(step))
+            token = commit(self.put(token, jnp.int32(step)))
         return token
 
-    def _put(self, token: Token, step: jax.Array) -> Token:
-        return self.ring.put(token, step, self._copied(step), step < self.steps)
+    def put(self, token: Token | None, step: jax.Array) -> Token | None:
+        """Begin to copy what `step` reads, if there is such a step."""
+        return self.ring and self.ring.put(token, step, self._copied(step), step < self.steps)
 
-    def next(self, token: Token | None, step: jax.Array) -> tuple[Token | None, list[list[jax.Array | None]]]:
-        """Each list of what `step` reads (None: was not put), after a later step is begun."""
+    def take(self, token: Token | None, step: jax.Array) -> list[list[jax.Array | None]]:
+        """Each list of what `step` reads, which must be there; None: was not put."""
         lists = self.places(step)
         if self.ring is None and pallas.interpreting():
-            *rows, x = lists
-            return None, [*([] for _ in rows), [place and read_now(place) for place in x]]
+            return [[place and read_now(place) for place in found] for found in lists]
         if self.ring is None:
-            return None, lists  # None, all of them
-        token = self.ring.wait(self._put(token, step + self.ahead))
+            return lists  # None, all of them
         items = iter(self.ring.take(token, step, _there(lists)))
-        return token, [[place and next(items) for place in found] for found in lists]
+        return [[place and next(items) for place in found] for found in lists]
+
+    def next(self, token: Token | None, step: jax.Array) -> tuple[Token | None, list[list[jax.Array | None]]]:
+        """`take`, after a later step is begun and this one is there."""
+        if self.ring is not None:
+            token = self.ring.wait(commit(self.put(token, step + self.ahead)))
+        return token, self.take(token, step)
 
 
 def _there(lists: list[list[Place | None]]) -> list[Place]:
@@ -60,6 +70,7 @@ class Rows(NamedTuple):
     """Rows g and g + 8 of a matrix, from `first` on, as the warps of a program read them, a group of four units each.
 
     planes, grid: see `Lane`. outputs: how many rows there are; those past the last are the last. units: of a row.
+    group: in which group a warp is at a step. apart: how many rows further each warp begins than the one before it.
     """
 
     reader: Reader
@@ -69,14 +80,16 @@ class Rows(NamedTuple):
     outputs: jax.Array | int
     units: int
     warps: int
+    group: Callable[[jax.Array, jax.Array], jax.Array]
+    apart: int = 0
 
     def lanes(self, s: jax.Array, flat: bool) -> list[Lane]:
         """Where step `s` is in either row: for items (P, 4), or `flat`, for the first of each thread (P,)."""
         shape = (32 * self.warps,) if flat else (32 * self.warps, 4)
         warp, g, t, _ = coordinates(lax.broadcasted_iota(jnp.int32, shape, 0))
         item = jnp.zeros_like(t) if flat else lax.broadcasted_iota(jnp.int32, shape, 1)
-        group = jnp.minimum(s * self.warps + warp, (self.units - 1) // 4)
-        rows = [jnp.minimum(self.first + g + 8 * i, self.outputs - 1) for i in range(2)]
+        group = jnp.broadcast_to(jnp.minimum(self.group(s, warp), (self.units - 1) // 4), shape)
+        rows = [jnp.minimum(self.first + self.apart * warp + g + 8 * i, self.outputs - 1) for i in range(2)]
         return [Lane(self.planes, row, group, item, t, self.units, self.grid) for row in rows]
 
     def places(self, s: jax.Array) -> list[list[Place | None]]:
@@ -87,6 +100,19 @@ class Rows(NamedTuple):
         """Either row at step `s`. taken: what was copied ahead of it."""
         pairs = zip(self.lanes(s, False), taken, strict=True)
         return [self.reader.read(lane._replace(taken=iter(items) if items else None)) for lane, items in pairs]
+
+
+def matrix_of(
+    refs: Sequence, own: Plan, format: str, outputs: tuple[int, ...], group: Callable
+) -> tuple[Rows, jax.Array]:
+    """The rows that a program reads, of one of several weights of a format, and of which. refs: the planes of all, and
+    the grid of the format, if it has one."""
+    reader, names = codes.READERS[format], codes.fields(format)
+    which, first, most = own_rows(outputs, own.program_rows)
+    planes = refs[: len(outputs) * len(names)]
+    planes = {name: chosen(tuple(planes[i :: len(names)]), which) for i, name in enumerate(names)}
+    grid, apart = refs[-1] if reader.grid else None, ROWS if own.across else 0
+    return Rows(reader, planes, grid, first, most, reader.units(own.width), own.warps, group, apart), which
 
 
 def places_of_pieces(pieces_ref, s: jax.Array, blocks: int, live: int, warps: int) -> list[Place]:

@@ -56,15 +56,17 @@ def assembly(
     *operands: jax.Array,
     addresses: Sequence[tuple[Any, jax.Array]] = (),
     results: int = 1,
+    arrays: int = 1,
     pack: int = 1,
     pure: bool = True,
     kept: bool = False,
-) -> jax.Array:
+) -> Any:
     """What the text leaves in its results, for each element of the operands, all of one shape.
 
     addresses: pairs of a ref (or `Chosen`) and a flat place in it (int32, that shape): operands too, before the others,
     as the address of that item ("l"). results: 1, or 4: then they stand next to each other on a last axis, and all
-    belong to one thread. pack: neighbours on the last axis that one instance of the text takes, and gives. pure: False
+    belong to one thread. arrays: with more than 1 the text has results of so many arrays, which come as a list. pack:
+    neighbours on the last axis that one instance of the text takes, and gives. pure: False
     for what has effects; it keeps its place among others of the kind, but is left out if nobody wants its result,
     unless `kept` (not in a loop).
     """
@@ -73,14 +75,16 @@ def assembly(
         many = isinstance(ref, Chosen)
         flat += [*ref.refs, ref.which, place] if many else [ref, place]
         choices.append(len(ref.refs) if many else 1)
-    static = {"result": result, "choices": tuple(choices), "results": results, "pack": pack, "pure": pure, "kept": kept}
-    return _assembly.bind(*flat, *operands, text=text, constraints=",".join(constraints), **static)[0]
+    static = {"result": result, "choices": tuple(choices), "results": results, "arrays": arrays, "pack": pack}
+    static |= {"pure": pure, "kept": kept, "text": text, "constraints": ",".join(constraints)}
+    found = _assembly.bind(*flat, *operands, **static)
+    return found[0] if arrays == 1 else found
 
 
 @_assembly.def_effectful_abstract_eval
-def _(*operands, result: jax.ShapeDtypeStruct, results: int, kept: bool, **_static) -> tuple[list, set[Effect]]:
+def _(*operands, result, results: int, arrays: int, kept: bool, **_static) -> tuple[list, set[Effect]]:
     shape = result.shape if results == 1 else (*result.shape, results)
-    return [jax.core.ShapedArray(shape, result.dtype)], {Kept()} if kept else set()
+    return [jax.core.ShapedArray(shape, result.dtype)] * arrays, {Kept()} if kept else set()
 
 
 def available() -> bool:
@@ -88,7 +92,7 @@ def available() -> bool:
     return lowering is not None
 
 
-def _lower(_context, *operands, text, constraints, result, choices, results, pack, pure, kept) -> list:
+def _lower(_context, *operands, text, constraints, result, choices, results, arrays, pack, pure, kept) -> list:
     dtype = jnp.dtype(result.dtype)
     signless = jnp.dtype(f"int{8 * dtype.itemsize}") if dtype.kind == "u" else dtype
     shape, element = list(result.shape), mlir.dtype_to_ir_type(signless)
@@ -107,10 +111,10 @@ def _lower(_context, *operands, text, constraints, result, choices, results, pac
     values += rest
     own = ir.RankedTensorType.get(shape, element)
     found = triton.elementwise_inline_asm(
-        [own] * results, text, constraints=constraints, pure=pure, packed_element=pack, args=values
+        [own] * (results * arrays), text, constraints=constraints, pure=pure, packed_element=pack, args=values
     )
     if results == 1:
-        return [found]
+        return [found] if arrays == 1 else list(found)
     a, b, c, d = found
 
     def join(low: ir.Value, high: ir.Value, rank: int) -> ir.Value:

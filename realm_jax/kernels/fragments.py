@@ -8,6 +8,7 @@ thread loads at once; `tests/gpu` holds it. A lane is 4 g + t, g = 0..7 and t = 
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from realm_jax.kernels import pallas
 from realm_jax.kernels.assembly import assembly
 
 Fragment = jax.Array
+MMA = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
 
 
 def mma(
@@ -34,7 +36,7 @@ def mma(
         return sums + _product(a, b, unit, step)
     registers = [f"${8 + 4 * i + unit}" for i in range(4)], [f"${24 + 2 * step}", f"${25 + 2 * step}"]
     left, right = (f"{{{', '.join(names)}}}" for names in registers)
-    text = f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {{$0, $1, $2, $3}}, {left}, {right}, {{$4, $5, $6, $7}};"
+    text = f"{MMA} {{$0, $1, $2, $3}}, {left}, {right}, {{$4, $5, $6, $7}};"
     return asm(text, ["=f"] * 4 + ["f"] * 4 + ["r"] * 20, jnp.float32, sums, *a, b)
 
 
@@ -114,6 +116,59 @@ def add_scaled(sums: Fragment, low: Fragment, high: Fragment, total: Fragment, u
     return asm(text, ["=&f"] * 4 + ["f"] * 16, jnp.float32, sums, low, high, total)
 
 
+TOGETHER = 4  # tiles whose instructions alternate, so that none waits for the one before it
+
+
+def add_products(
+    totals: Sequence[Fragment],
+    words: Sequence[tuple[Fragment, Fragment]],
+    zero: int,
+    raised: Sequence[int],
+    address: Fragment,
+    offsets: Sequence[int],
+    scales: tuple[Fragment, Fragment],
+    unit: int,
+) -> list[Fragment]:
+    """`add_scaled` to each of the totals of the products of a sub-block: of words of rows g and g + 8, for one or two
+    16 of weights, by x in shared memory, at `address` and so many bytes after it. Not for the interpreter.
+
+    words, zero, raised: as `lanes.halves_of` has them. Item `unit` of them and of the scales counts. This is one
+    assembly so that codes are unpacked where they are wanted, and not all of a step before.
+    """
+    many, pairs = len(totals), [word for both in words for word in both]
+    first = 4 * many  # of the operands after the results: the address, the totals, words, scales
+    word_at, scale_at = 2 * first + 4, 2 * first + 4 + 4 * len(pairs)
+    names = [f"a{4 * i + j}" for i in range(len(words)) for j in range(4)]
+    text = f"{{ .reg .f32 c<{4 * TOGETHER}>; .reg .b32 b<{4 * TOGETHER}>, t, f, z, {', '.join(names)};\n"
+    for i, up in enumerate(raised):
+        text += _constants(zero, up) if zero else ""
+        for row in range(2):
+            low, high = names[4 * i + row], names[4 * i + 2 + row]
+            word = f"${word_at + 4 * (2 * i + row) + unit}"
+            text += f"and.b32 {low}, {word}, 0x00FF00FF; shr.u32 t, {word}, 8; and.b32 {high}, t, 0x00FF00FF;\n"
+            text += "".join(_subtracted(half, half, up) for half in (low, high)) if zero else ""
+    for start in range(0, many, TOGETHER):
+        tiles = range(start, min(many, start + TOGETHER))
+        for j, tile in enumerate(tiles):
+            read = ", ".join(f"b{4 * j + i}" for i in range(2 * len(words)))
+            text += f"ld.shared.v{2 * len(words)}.b32 {{{read}}}, [${first} + {offsets[tile]}];"
+            text += "".join(f"mov.f32 c{4 * j + i}, 0f00000000;" for i in range(4))
+        for i in range(len(words)):
+            for j in range(len(tiles)):
+                sums = ", ".join(f"c{4 * j + k}" for k in range(4))
+                left, right = ", ".join(names[4 * i : 4 * i + 4]), f"b{4 * j + 2 * i}, b{4 * j + 2 * i + 1}"
+                text += f"{MMA} {{{sums}}}, {{{left}}}, {{{right}}}, {{{sums}}};\n"
+        for j, tile in enumerate(tiles):
+            for i in range(4):
+                total = f"${4 * tile + i}"
+                text += f"fma.rn.f32 {total}, c{4 * j + i}, ${scale_at + 4 * (i // 2) + unit}, {total};"
+    constraints = ["=f"] * first + ["r"] * 4 + [f"{i}" for i in range(first)] + ["r"] * (4 * len(pairs)) + ["f"] * 8
+    operands = address, *totals, *(word.astype(jnp.int32) for word in pairs), *scales
+    shape, options = pallas.Shape(totals[0].shape, jnp.float32), {"pack": 4, "pure": False, "arrays": many}
+    found = assembly(text + " }", constraints, shape, *operands, **options)
+    return [found] if many == 1 else found
+
+
 def by_column(even: Fragment, odd: Fragment, unit: int) -> Fragment:
     """Numbers of column 2 t and of column 2 t + 1, as they meet `mma`'s sums: item `unit` of each, for either row."""
     if pallas.interpreting():
@@ -136,10 +191,18 @@ def subtract_halves(pairs: jax.Array, number: int, raised: int = 0) -> jax.Array
     if pallas.interpreting():
         halves = lax.bitcast_convert_type(pairs >> raised, jnp.float16)
         return lax.bitcast_convert_type(halves - lax.bitcast_convert_type(jnp.uint16(number), jnp.float16), jnp.int32)
-    down, less = (15 - raised) << 10, number | 0x8000
-    text = f"{{ .reg .b32 f, z; mov.b32 z, {less | less << 16}; mov.b32 f, {down | down << 16}; "
-    text += "add.rn.f16x2 $0, $1, z; }" if not raised else "fma.rn.f16x2 $0, $1, f, z; }"
+    text = f"{{ .reg .b32 f, z; {_constants(number, raised)} {_subtracted('$0', '$1', raised)} }}"
     return asm(text, ["=r", "r"], jnp.int32, pairs, pack=1)
+
+
+def _constants(number: int, raised: int) -> str:
+    """What `_subtracted` needs, in registers z and f."""
+    down, less = (15 - raised) << 10, number | 0x8000
+    return f"mov.b32 z, {less | less << 16}; mov.b32 f, {down | down << 16};"
+
+
+def _subtracted(to: str, pairs: str, raised: int) -> str:
+    return f"fma.rn.f16x2 {to}, {pairs}, f, z;" if raised else f"add.rn.f16x2 {to}, {pairs}, z;"
 
 
 def byte_after_two_to_23(word: jax.Array, which: int) -> jax.Array:

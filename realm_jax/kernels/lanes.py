@@ -6,6 +6,7 @@ four lanes holds weights 4 t to 4 t + 3 as the bytes of one uint32, each the cod
 """
 
 from collections.abc import Callable, Iterator
+from itertools import repeat
 from typing import NamedTuple
 
 import jax
@@ -136,6 +137,17 @@ class Reader(NamedTuple):
 
     def units(self, width: int) -> int:
         return width // self.unit
+
+
+def halves_of(row: Codes, zero: int) -> list[tuple[jax.Array, jax.Array]]:
+    """Of each of the words, bytes 0 and 2, and 1 and 3, as pairs of float16, code * 2^-24; int32. zero: see `Codes`."""
+    found = []
+    for word, raised in zip(row.words, row.raised or repeat(0), strict=False):
+        low, high = ((half & EVEN).astype(jnp.int32) for half in (word, word >> np.uint32(8)))
+        if zero:
+            low, high = (fragments.subtract_halves(pair, zero, raised) for pair in (low, high))
+        found.append((low, high))
+    return found
 
 
 def places(reader: Reader, lane: Lane) -> list[Place | None]:

@@ -11,14 +11,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from realm_jax.kernels import codes, pallas
+from realm_jax.kernels import codes, columns, pallas
 from realm_jax.kernels.lanes import Reader
 from realm_jax.kernels.operand import Form, pieces_of
-from realm_jax.kernels.tiles import Tiles, find
+from realm_jax.kernels.ring import MOST_BYTES
+from realm_jax.kernels.tiles import FEW_OUTPUTS, Tiles, find
 from realm_jax.quant.tensor import QuantizedTensor
 
 ROWS = 16  # of w, of a warp
 MOST_ROWS = 64  # of x
+WIDE_TILES = 2  # of columns: from so many on warps read x together
 
 
 class Plan(NamedTuple):
@@ -51,6 +53,15 @@ class Plan(NamedTuple):
         """Rows of w of a program."""
         return ROWS * max(self.across, 1)
 
+    @property
+    def waits(self) -> bool:
+        """Whether sums of turns wait in memory for those of later ones."""
+        return self.across > 0 and self.turns > 1 and not self.split
+
+    def group(self, step: jax.Array, turn: jax.Array) -> jax.Array:
+        """The group of four units that a turn is at."""
+        return step * self.turns + turn
+
     def form(self, reader: Reader) -> Form:
         """What is wanted of x; the same for most formats, and then prepared once."""
         blocks = self.steps * self.turns * 4 * reader.unit // 32
@@ -71,6 +82,25 @@ def plan(rows: int, dtype: jnp.dtype, w: QuantizedTensor, tiles: Tiles | None = 
     return Plan(rows, width, outputs, pieces, turns, steps, -(-rows * pieces // 8), min(tiles.stages, steps))
 
 
+def wide(narrow: Plan, w: QuantizedTensor) -> Plan:
+    """The same sums by warps that have rows of their own and read x together; `narrow` again, where that cannot be."""
+    reader = codes.READERS[w.format]
+    tiles = min(narrow.tiles, most_tiles(w.format))
+    stages = wide_stages(reader)
+    step_bytes = stages * 4 * reader.unit * ROWS * w.nbytes / w.size
+    room = MOST_BYTES - columns.nbytes(tiles, reader.mins)
+    across = next((warps for warps in (8, 4, 2) if warps * step_bytes <= room), 0)
+    if narrow.tiles < WIDE_TILES or not across:
+        return narrow
+    split = narrow.turns > 1 and narrow.outputs <= FEW_OUTPUTS
+    return narrow._replace(stages=stages, across=across, split=split)
+
+
+def wide_stages(reader: Reader) -> int:
+    """Of what warps read of w: the next is put where the last was, two barriers before it is wanted."""
+    return -(-2 * columns.STAGE_INPUTS // (4 * reader.unit))
+
+
 def form_of(x: jax.Array, w: QuantizedTensor) -> Form:
     """In which a product by w takes x (..., K)."""
     return plan(math.prod(x.shape[:-1]), x.dtype, w).form(codes.READERS[w.format])
@@ -80,6 +110,12 @@ def most_tiles(format: str) -> int:
     """How many column tiles fit in a program's registers."""
     reader = codes.READERS[format]
     return 8 if reader.sub_block == 32 else 2 if reader.offsets else 4
+
+
+def grid_of(own: Plan, format: str, outputs: tuple[int, ...]) -> tuple[int, int, int]:
+    """Programs of a launch, by rows of w, columns and turns."""
+    programs = sum(-(-count // own.program_rows) for count in outputs)
+    return programs, -(-own.tiles // most_tiles(format)), own.turns if own.split else 1
 
 
 def own_rows(outputs: tuple[int, ...], program_rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:

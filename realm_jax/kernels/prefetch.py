@@ -6,6 +6,7 @@ product begins. Nothing waits for what is asked for, and no result depends on it
 "cp.async.bulk.prefetch", "prefetch".
 """
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -97,13 +98,14 @@ def cut(counts: tuple[int, ...], warps: int) -> Parts:
     return Parts(counts, min(max(LEAST, size), MOST))
 
 
-def fetch(refs: Sequence[Any], asked: Request, grid: tuple[int, int], warps: int) -> None:
+def fetch(refs: Sequence[Any], asked: Request, grid: tuple[int, int, int], warps: int) -> None:
     """In a program of `grid`, of so many warps: each asks for its part of the planes, if it is one of the last."""
     if not refs:
         return
-    programs = grid[0] * grid[1]
+    programs = math.prod(grid)
     asking = min(programs, PROGRAMS)
-    program = pallas.program_id(1) * grid[0] + pallas.program_id(0) - (programs - asking)
+    program = pallas.program_id(0) + grid[0] * (pallas.program_id(1) + grid[1] * pallas.program_id(2))
+    program = program - (programs - asking)
     thread = lax.broadcasted_iota(jnp.int32, (32 * warps,), 0)
     # Neighbouring parts are of different programs: so all have as much to do.
     number = jnp.where(program < 0, -1, thread // 32 * asking + program)

@@ -85,16 +85,17 @@ class Ring:
     def begin(self) -> Token:
         zero = jnp.zeros((32 * self.warps,), jnp.int32)
         text = f"{{ .shared .align 16 .b8 ring[{self.nbytes}]; .reg .b32 o; mov.u32 o, ring; add.u32 $0, o, $1; }}"
-        return _asm(text, ["=r", "r"], zero)
+        return asm(text, ["=r", "r"], zero)
 
     def put(self, token: Token, step: jax.Array, places: list[Place], live: jax.Array) -> Token:
-        """Begin to copy what step `step` will read, if `live` (a scalar); one stage, wanted or not."""
+        """Begin to copy what step `step` will read, if `live` (a scalar); one stage with what is put before `commit`,
+        wanted or not."""
         stage = self._stage(step)
         live = jnp.broadcast_to(live, token.shape)
         for group in self._groups(places):
             copies = group[0][0].slots.copies
             token = _copy(token, group, stage, (live if copies is None else live & copies).astype(jnp.int32))
-        return _asm("cp.async.commit_group;", ["=r", "0"], token, pure=False)
+        return token
 
     def _groups(self, places: list[Place]) -> list[list[tuple[Place, int]]]:
         """Places that the same threads copy, and where they start in a stage: under one condition each."""
@@ -106,7 +107,7 @@ class Ring:
     def wait(self, token: Token) -> Token:
         """Until the oldest stage is there, after the newest was put."""
         text = f"cp.async.wait_group {self.stages - 1}; bar.warp.sync 0xffffffff;"
-        return _asm(text, ["=r", "0"], token, pure=False)
+        return asm(text, ["=r", "0"], token, pure=False)
 
     def take(self, token: Token, step: jax.Array, places: list[Place]) -> list[jax.Array]:
         """What was put for that step: arrays (P, 4) in the types of the refs."""
@@ -118,6 +119,16 @@ class Ring:
 
     def _stage(self, step: jax.Array) -> jax.Array:
         return lax.rem(step, jnp.int32(self.stages)) * self.stage_bytes
+
+
+def commit(token: Token | None) -> Token | None:
+    """All copies begun since the last time are one stage."""
+    return None if token is None else asm("cp.async.commit_group;", ["=r", "0"], token, pure=False)
+
+
+def together(token: Token | None) -> Token | None:
+    """What the lanes of a warp have read before it, no copy begun after it overwrites."""
+    return None if token is None else asm("bar.warp.sync 0xffffffff;", ["=r", "0"], token, pure=False)
 
 
 def read_now(place: Place) -> jax.Array:
@@ -138,7 +149,7 @@ def read_one(place: Place) -> jax.Array:
     text = f"{{ .reg .b32 a; ld.global.b32 a, [$4 + {4 * place.beyond}]; {COPIES} }}"
     kind = "f" if place.ref.dtype == jnp.float32 else "r"
     address, index = [(place.ref, place.index)], place.index
-    return _asm(text, [f"={kind}"] * 4 + ["l", "r"], index, addresses=address, results=4, dtype=place.ref.dtype)
+    return asm(text, [f"={kind}"] * 4 + ["l", "r"], index, addresses=address, results=4, dtype=place.ref.dtype)
 
 
 def _copy(token: Token, group: list[tuple[Place, int]], stage: jax.Array, live: jax.Array) -> Token:
@@ -158,7 +169,7 @@ def _copy(token: Token, group: list[tuple[Place, int]], stage: jax.Array, live: 
     constraints = ["=&r", *["l"] * len(addresses), "0", *["r"] * (1 + len(targets))]
     operands = token, live, *targets.values()
     text = f"{{ {' '.join(lines)} }}"
-    return _asm(text, constraints, *operands, addresses=list(addresses.values()), pure=False)
+    return asm(text, constraints, *operands, addresses=list(addresses.values()), pure=False)
 
 
 def _index_to_copy(place: Place) -> jax.Array:
@@ -189,12 +200,12 @@ def _read(address: jax.Array, start: int, place: Place) -> jax.Array:
             operands.append((place.index & 1) << 4)
     text = f"{{ .reg .b32 a, b; {text.replace('[$4]', f'[$4 + {start}]')} }}"
     constraints = ["=&r"] * 4 + ["r"] * len(operands)
-    bits = _asm(text, constraints, *operands, results=4, pure=False, dtype=jnp.uint32)
+    bits = asm(text, constraints, *operands, results=4, pure=False, dtype=jnp.uint32)
     if size < 4:
         bits = bits.astype(jnp.dtype(f"uint{8 * size}"))
     return bits if bits.dtype == place.ref.dtype else lax.bitcast_convert_type(bits, place.ref.dtype)
 
 
-def _asm(text: str, constraints: list[str], *operands: jax.Array, dtype: jnp.dtype = jnp.int32, **options) -> jax.Array:
+def asm(text: str, constraints: list[str], *operands: jax.Array, dtype: jnp.dtype = jnp.int32, **options) -> jax.Array:
     result = pallas.Shape(operands[0].shape, dtype)
     return assembly(text, constraints, result, *operands, **options)

@@ -198,7 +198,7 @@ def _kernel(*refs, own: Plan, format: str, names: tuple[str, ...]) -> None:
     nothing = jnp.zeros_like(item)
     zero = fragments.zeros(pallas.load(x_refs[0].at[nothing, nothing, thread % 32, item]))
 
-    matrix = Rows(reader, planes, grid, first_row, own.outputs, units, own.warps)
+    matrix = Rows(reader, planes, grid, first_row, own.outputs, units, own.warps, own.group)
 
     def places(s: jax.Array) -> list[list[Place | None]]:
         x = [columns.place(key, s, 0) for key in columns.keys] if columns.early else []

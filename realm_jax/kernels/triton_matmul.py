@@ -15,18 +15,18 @@ Shape key: `M` rows of x, `N` output features, `K` input features, `P` threads o
 import functools
 import math
 from collections.abc import Sequence
-from itertools import repeat
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from realm_jax.kernels import codes, fragments, pallas, prefetch
-from realm_jax.kernels.ahead import Ahead, Rows, places_of_pairs, places_of_pieces, places_of_sums
-from realm_jax.kernels.assembly import chosen
-from realm_jax.kernels.lanes import EVEN, coordinates
-from realm_jax.kernels.operand import LOW, Prepared, operand_of
-from realm_jax.kernels.plan import ROWS, Plan, clipped, most_tiles, own_rows, plan
+from realm_jax.kernels import codes, fragments, pallas, prefetch, triton_wide
+from realm_jax.kernels.ahead import Ahead, matrix_of, places_of_pairs, places_of_pieces, places_of_sums
+from realm_jax.kernels.lanes import coordinates, halves_of
+from realm_jax.kernels.mins import add_mins
+from realm_jax.kernels.operand import Prepared, operand_of
+from realm_jax.kernels.plan import Plan, clipped, grid_of, most_tiles, plan, wide
+from realm_jax.kernels.results import added, shapes, store
 from realm_jax.kernels.ring import Place, read_one
 from realm_jax.kernels.tiles import Tiles, find
 from realm_jax.quant.tensor import QuantizedTensor
@@ -57,14 +57,14 @@ def matmul(
     Of float32 x 22 bits of every number count (fewer of one that is 2^29 times smaller than the largest of its row);
     16-bit x is exact. A row of x that is not finite gives NaN.
     """
-    return _launch(x, [w], plan(math.prod(x.shape[:-1]), x.dtype, w, tiles), then)[0]
+    return _launch(x, [w], _cut(x, w, tiles), then)[0]
 
 
 def matmul_each(
     x: jax.Array | Prepared, weights: Sequence[QuantizedTensor], then: Sequence[jax.Array | QuantizedTensor] = ()
 ) -> list[jax.Array]:
     """`matmul` of x by each of the weights: one launch for those next to each other that can share it."""
-    plans = [plan(math.prod(x.shape[:-1]), x.dtype, w) for w in weights]
+    plans = [_cut(x, w) for w in weights]
     results, together = [], [0]
     for i in range(1, len(weights) + 1):
         if i < len(weights) and _shared(weights[i - 1], plans[i - 1]) == _shared(weights[i], plans[i]) is not None:
@@ -73,6 +73,10 @@ def matmul_each(
             results += _launch(x, [weights[j] for j in together], plans[together[0]], weights[i : i + 1] or then)
             together = [i]
     return results
+
+
+def _cut(x: jax.Array | Prepared, w: QuantizedTensor, tiles: Tiles | None = None) -> Plan:
+    return wide(plan(math.prod(x.shape[:-1]), x.dtype, w, tiles), w)
 
 
 def _shared(w: QuantizedTensor, own: Plan) -> tuple | None:
@@ -97,36 +101,30 @@ def _launch(
     later, asked = prefetch.request(then)
     operands = [*later, *prepared, *planes, *([] if reader.grid is None else [jnp.asarray(reader.grid())])]
     outputs = tuple(w.shape[0] for w in weights)
+    kernel = triton_wide.kernel if own.across else _kernel
     results = pallas.call(
-        functools.partial(_kernel, own=own, format=format, outputs=outputs, asked=asked),
+        functools.partial(kernel, own=own, format=format, outputs=outputs, asked=asked),
         operands,
-        tuple(pallas.Shape((own.rows, count), x.dtype) for count in outputs),
-        grid=_grid(own, format, outputs),
+        shapes(own, format, outputs, x.dtype),
+        grid=grid_of(own, format, outputs),
         num_warps=own.warps,
         num_stages=1,
         name=f"matmul_{format}",
-    )
+    )[: len(outputs)]
+    if own.split:
+        results = [added(sums, prepared.back, own, x.dtype) for sums in results]
     return [y.reshape(*x.shape[:-1], -1) for y in results]
-
-
-def _grid(own: Plan, format: str, outputs: tuple[int, ...]) -> tuple[int, int]:
-    return sum(-(-count // ROWS) for count in outputs), -(-own.tiles // most_tiles(format))
 
 
 def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], asked: prefetch.Request) -> None:
     """One program: ROWS rows of one of the weights, all of K, up to `most_tiles` tiles of eight columns."""
     later, refs = refs[: len(asked.counts)], refs[len(asked.counts) :]
     pieces_ref, sums_ref, back_ref, *plane_refs = refs[: -len(outputs)]
-    reader = codes.READERS[format]
-    grid = plane_refs.pop() if reader.grid else None
-    which, first_row, most = own_rows(outputs, ROWS)
-    names = codes.fields(format)
-    planes = {name: chosen(tuple(plane_refs[i :: len(names)]), which) for i, name in enumerate(names)}
-    first_tile = pallas.program_id(1) * most_tiles(format)
-    tiles = min(own.tiles, most_tiles(format))
-    units = reader.units(own.width)
+    matrix, which = matrix_of(plane_refs, own, format, outputs, own.group)
+    reader = matrix.reader
+    first_tile, tiles = pallas.program_id(1) * most_tiles(format), min(own.tiles, most_tiles(format))
     thread, item = (lax.broadcasted_iota(jnp.int32, (32 * own.warps, 4), axis) for axis in (0, 1))
-    warp, g, t, lane_id = coordinates(thread)
+    warp, _, t, lane_id = coordinates(thread)
     live = min(own.rows * own.pieces, 8)  # columns of a tile that are not zero
     early = live <= 2  # what a step reads of x is little: read ahead of time, too
     blocks = 4 * reader.unit // 32
@@ -145,8 +143,6 @@ def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], asked: pref
             return zero
         at = everywhere(clipped(first_tile + tile, own)), 2 * t + column, everywhere(sub), 4 * place + item
         return pallas.load(sums_ref.at[at])
-
-    matrix = Rows(reader, planes, grid, first_row, most, units, own.warps)
 
     def places(s: jax.Array) -> list[list[Place | None]]:
         x = []
@@ -167,31 +163,17 @@ def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], asked: pref
         token, totals = carry
         token, (*taken, x) = ahead.next(token, s)
         rows = matrix.read(s, taken)
-        parts = [
-            [
-                _float16_pairs(word, reader.zero, up)
-                for word, up in zip(row.words, row.raised or repeat(0), strict=False)
-            ]
-            for row in rows
-        ]
+        parts = [halves_of(row, reader.zero) for row in rows]
         place = s * own.warps + warp
         for unit in range(4):
             for sub in range(reader.unit // reader.sub_block):
                 add_sub_block(unit, sub, rows, parts, x, place, totals)
-        return token, add_mins(rows, x, s, totals) if reader.mins else totals
+        if reader.mins:
+            totals = add_mins(totals, rows, lambda tile: pairs(tile, x, s), own.pieces, zero, live == 1)
+        return token, totals
 
-    def add_mins(rows: list, x: list, s: jax.Array, totals: list) -> list:
-        a = fragments.mins(rows[0].mins[0], rows[1].mins[0], t)
-        odd = g % 2 if own.pieces == 2 else None  # columns of second pieces take the second pieces of sums
-        factors = [row.mins[1] * (2.0**24 / fragments.SUM_SCALE) for row in rows]
-        for tile in range(tiles):
-            sums = x[blocks:] if early else [read_one(place) for place in sums_places(tile, s)]
-            sums = fragments.sum_pairs(*sums, odd)
-            for part in range(3 - own.pieces):
-                scaled = [factor * LOW for factor in factors] if part else factors
-                dots = fragments.mma_mins(zero, a, sums, part)
-                totals[tile] = fragments.add_scaled(dots, *scaled, totals[tile], 0, live == 1)
-        return totals
+    def pairs(tile: int, x: list, s: jax.Array) -> list[jax.Array]:
+        return x[blocks:] if early else [read_one(place) for place in sums_places(tile, s)]
 
     def add_sub_block(unit: int, sub: int, rows: list, parts: list, x: list, place: jax.Array, totals: list) -> None:
         """What one sub-block of a unit adds to the totals."""
@@ -216,30 +198,8 @@ def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], asked: pref
         return [zero if items is None else items for items in x[blocks + 2 * sub : blocks + 2 * sub + 2]]
 
     _, totals = lax.fori_loop(0, own.steps, step, (ahead.begin(), [zero] * tiles))
-    prefetch.fetch(later, asked, _grid(own, format, outputs), own.warps)
+    prefetch.fetch(later, asked, grid_of(own, format, outputs), own.warps)
     for tile, total in enumerate(totals):
         total = fragments.sum_over_warps(total, own.warps)
         for number, y_ref in enumerate(refs[-len(outputs) :]):
-            _store(y_ref, back_ref, total, first_row, first_tile + tile, own, which == number)
-
-
-def _float16_pairs(word: jax.Array, zero: int, raised: int) -> tuple[jax.Array, jax.Array]:
-    """Bytes 0 and 2, and 1 and 3, of a word as pairs of float16, (byte / 2^raised - zero) * 2^-24."""
-    pairs = [(half & EVEN).astype(jnp.int32) for half in (word, word >> jnp.uint32(8))]
-    low, high = (fragments.subtract_halves(pair, zero, raised) if zero else pair for pair in pairs)
-    return low, high
-
-
-def _store(y_ref, back_ref, total: jax.Array, row: jax.Array, tile: jax.Array, own: Plan, here: jax.Array) -> None:
-    """If `here`, the sums of a tile of columns, from `row` of w, as results: pieces joined, scaling undone."""
-    count = 4 // own.pieces
-    thread, item = (lax.broadcasted_iota(jnp.int32, (len(total), count), axis) for axis in (0, 1))
-    if own.pieces == 2:
-        pair = lax.broadcasted_iota(jnp.int32, (len(total), 2, 2), 2)
-        total = jnp.sum(total.reshape(pair.shape) * jnp.where(pair == 0, 1.0, LOW), -1)
-    _, g, t, _ = coordinates(thread)
-    m = tile * (8 // own.pieces) + (t if own.pieces == 2 else 2 * t + item % 2)
-    n = row + g + 8 * (item // (count // 2))
-    inside = (m < own.rows) & (n < y_ref.shape[1]) & (thread < 32) & here
-    back = pallas.load(back_ref.at[jnp.minimum(m, own.rows - 1)])
-    pallas.store(y_ref.at[m, n], (total * 2.0**24 * back).astype(y_ref.dtype), mask=inside)
+            store(y_ref, back_ref, total, matrix.first, first_tile + tile, own, which == number)

@@ -34,10 +34,11 @@ def test_sixteen_bits_are_rounded_at_the_end_alone(name, dtype):
     assert nmse(matmul(x, w, impl="triton"), np.asarray(want.astype(dtype), np.float64)) < 1e-7
 
 
-@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q4_0"])
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q4_0", "Q2_K", "NVFP4"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_row_has_the_same_bits_whatever_is_beside_it(name, dtype):
-    x, w, _ = product(64, name, 4096, 2048, dtype)
+@pytest.mark.parametrize("outputs", [4096, 8713])  # each turn is a program, or one program takes all of them
+def test_a_row_has_the_same_bits_whatever_is_beside_it(name, dtype, outputs):
+    x, w, _ = product(64, name, outputs, 2048, dtype)
     whole = np.asarray(matmul(x, w, impl="triton"))
     for rows in (1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 63):
         np.testing.assert_array_equal(np.asarray(matmul(x[-rows:], w, impl="triton")), whole[-rows:])

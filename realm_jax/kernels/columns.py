@@ -1,0 +1,186 @@
+"""What the warps of a program read of x together, ahead of time, by asynchronous copies to shared memory. Called by
+`triton_wide`.
+
+A *stage* is what is read between two barriers: STAGE_INPUTS inputs of all columns of the program. While the warps are
+at one, the next two are on their way. Where `mins` want them, the sums of a group come with its last stage; they have
+one place, since a group has four stages then. The interpreter copies nothing, and reads where it would. Source: PTX
+ISA, "cp.async".
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from realm_jax.kernels import fragments, pallas
+from realm_jax.kernels.fragments import Fragment
+from realm_jax.kernels.lanes import Codes, coordinates, halves_of
+from realm_jax.kernels.ring import COPIES, Token, asm
+
+STAGES = 3
+STAGE_INPUTS = 64
+PIECES = STAGE_INPUTS  # of a tile, in a stage, as items of 16 bytes: 8 inputs of a column each
+SUMS = 16  # likewise: of eight columns, in two sub-blocks of four units
+
+
+class Columns(NamedTuple):
+    """`tiles` tiles of x from `first` on, or as many as there are, for the warps of a program.
+
+    pieces_ref, sums_ref: of an Operand. mins: whether sums are copied. pieces: columns of a row. warps: an even number.
+    """
+
+    pieces_ref: jax.Array
+    sums_ref: jax.Array
+    first: jax.Array
+    tiles: int
+    mins: bool
+    pieces: int
+    warps: int
+
+    def zero(self) -> Fragment:
+        """See `fragments.zeros`."""
+        thread, item = (lax.broadcasted_iota(jnp.int32, (32 * self.warps, 4), axis) for axis in (0, 1))
+        at = jnp.zeros_like(item)
+        return fragments.zeros(pallas.load(self.pieces_ref.at[at, at, thread % 32, item]))
+
+    def begin(self) -> Token | None:
+        """The address of the first stage."""
+        if pallas.interpreting():
+            return None
+        size = nbytes(self.tiles, self.mins)
+        text = f"{{ .shared .align 16 .b8 columns[{size}]; .reg .b32 o; mov.u32 o, columns; add.u32 $0, o, $1; }}"
+        return asm(text, ["=r", "r"], jnp.zeros((32 * self.warps,), jnp.int32))
+
+    def put(
+        self, token: Token | None, number: jax.Array, part: jax.Array, group: jax.Array | None, live: jax.Array
+    ) -> Token | None:
+        """Begin to copy stage `number`: the part-th STAGE_INPUTS inputs, and the sums of `group` (None: of none); or
+        nothing, if it is not `live`. Scalars."""
+        if token is None:
+            return None
+        start = self._start(number)
+        tiles = jnp.where(live, jnp.minimum(self.tiles, self.pieces_ref.shape[0] - self.first), 0)
+        thread = self._thread()
+        tile, item = self.first + thread // PIECES, thread % PIECES
+        at = tile, part * (STAGE_INPUTS // 32) + item // 32, item % 32, jnp.zeros_like(item)
+        token = _copy(token, self.pieces_ref, at, PIECES, tiles, self.tiles, start)
+        if group is None:
+            return token
+        tile, item = self.first + thread // SUMS, thread % SUMS
+        at = tile, item // 2, item % 2, jnp.broadcast_to(4 * group, item.shape)
+        return _copy(token, self.sums_ref, at, SUMS, tiles, self.tiles, jnp.int32(self._sums))
+
+    def wait(self, token: Token | None) -> Token | None:
+        """For all warps, and until the stage before the newest is there."""
+        text = f"cp.async.wait_group {STAGES - 2}; bar.sync 0;"
+        return None if token is None else asm(text, ["=r", "0"], token, pure=False)
+
+    def at(self, token: Token | None, number: jax.Array, part: jax.Array, group: jax.Array) -> "Stage":
+        """Stage `number`, after `wait`; part, group: what was put there."""
+        if token is None:
+            return Stage(self, None, None, part, group)
+        _, g, t, lane = coordinates(self._thread())
+        text = f"{{ .reg .b32 a; add.u32 a, $4, $5; {COPIES} }}"
+        address = asm(text, ["=&r"] * 4 + ["r"] * 2, token, self._start(number) + 16 * lane, results=4)
+        column = g // self.pieces * self.pieces
+        return Stage(self, address, token + self._sums + 32 * column + 4 * t, part, group)
+
+    @property
+    def _sums(self) -> int:
+        """Where they are: after the stages."""
+        return 16 * STAGES * PIECES * self.tiles
+
+    def _start(self, number: jax.Array) -> jax.Array:
+        return lax.rem(number, jnp.int32(STAGES)) * (16 * PIECES * self.tiles)
+
+    def _thread(self) -> jax.Array:
+        return lax.broadcasted_iota(jnp.int32, (32 * self.warps,), 0)
+
+
+class Stage(NamedTuple):
+    """A stage that is there. pieces, sums: addresses of a lane's own; None in the interpreter. part, group: see
+    `Columns.put`."""
+
+    of: Columns
+    pieces: Fragment | None
+    sums: Token | None
+    part: jax.Array
+    group: jax.Array
+
+    def add_products(
+        self, totals: Sequence[Fragment], rows: Sequence[Codes], zero: int, sub: int, unit: int, sixteens: range
+    ) -> list[Fragment]:
+        """totals of tiles, and the scaled products of a sub-block of a unit in rows g and g + 8 by x.
+
+        zero: of the format. sixteens: which 16 inputs of the stage that is.
+        """
+        block, half = divmod(sixteens.start, 2)
+        count, scales = len(sixteens), (rows[0].scales[sub], rows[1].scales[sub])
+        own = slice(sub * count, (sub + 1) * count)
+        if self.pieces is not None:
+            words = list(zip(rows[0].words[own], rows[1].words[own], strict=True))
+            raised = (rows[0].raised or (0,) * len(rows[0].words))[own]
+            offsets = [16 * (PIECES * tile + 32 * block) + 8 * half for tile in range(len(totals))]
+            return fragments.add_products(totals, words, zero, raised, self.pieces, offsets, scales, unit)
+        low, high = (halves_of(row, zero)[own] for row in rows)
+        found = []
+        for tile, total in enumerate(totals):
+            lane, item = self._thread() % 32, lax.broadcasted_iota(jnp.int32, total.shape, 1)
+            pieces = self._load(self.of.pieces_ref, tile, self.part * (STAGE_INPUTS // 32) + block, lane, item)
+            dot = jnp.zeros_like(total)
+            for i in range(count):
+                a = low[i][0], high[i][0], low[i][1], high[i][1]
+                dot = fragments.mma(dot, a, pieces, unit, half + i)
+            found.append(fragments.add_scaled(dot, *scales, total, unit, False))
+        return found
+
+    def pairs(self, tile: int) -> list[Fragment]:
+        """For `fragments.sum_pairs`: the sums of both sub-blocks of unit t in column g (of its row's first piece)."""
+        if self.sums is None:
+            _, g, t, _ = coordinates(self._thread())
+            column = g // self.of.pieces * self.of.pieces
+            return [self._load(self.of.sums_ref, tile, column, sub, 4 * self.group + t) for sub in range(2)]
+        texts = (f"ld.shared.b32 a, [$4 + {16 * (SUMS * tile + sub)}];" for sub in range(2))
+        options = {"results": 4, "pure": False, "dtype": jnp.float32}
+        return [asm(f"{{ .reg .b32 a; {text} {COPIES} }}", ["=f"] * 4 + ["r"], self.sums, **options) for text in texts]
+
+    def offsets(self, tile: int, sub: int) -> list[Fragment]:
+        """Sums of a sub-block of four units, in columns 2 t and 2 t + 1 (of second pieces: zeros): float32. They are
+        read when they are wanted."""
+        thread = self._thread()
+        t, item = thread % 4, lax.broadcasted_iota(jnp.int32, thread.shape, 1)
+        columns = range(3 - self.of.pieces)
+        read = [self._load(self.of.sums_ref, tile, 2 * t + i, sub, 4 * self.group + item) for i in columns]
+        return [*read, jnp.zeros_like(read[0])][:2]
+
+    def _load(self, ref, tile: int, *at: jax.Array | int) -> Fragment:
+        tile = jnp.minimum(self.of.first + tile, ref.shape[0] - 1)
+        return pallas.load(ref.at[tuple(jnp.broadcast_to(i, (32 * self.of.warps, 4)) for i in (tile, *at))])
+
+    def _thread(self) -> jax.Array:
+        return lax.broadcasted_iota(jnp.int32, (32 * self.of.warps, 4), 0)
+
+
+def nbytes(tiles: int, mins: bool) -> int:
+    """Of shared memory."""
+    return 16 * tiles * (STAGES * PIECES + (SUMS if mins else 0))
+
+
+def _copy(token: Token, ref, at: tuple, items: int, tiles: jax.Array, most: int, start: jax.Array) -> Token:
+    """Begin to copy so many items of 16 bytes of each of `tiles` tiles, `most` at most, to `start`. at: indices of a
+    thread's first item in the ref, which has tiles first."""
+    threads, index = len(token), jnp.zeros_like(token)
+    for i, size in zip(at, ref.shape, strict=True):
+        index = index * size + i
+    tile_bytes = ref.dtype.itemsize * ref.size // ref.shape[0]
+    lines = [".reg .b32 to; .reg .pred p; add.u32 to, $0, $4;"]
+    for k in range(-(-most * items // threads)):
+        tile = k * threads // items
+        lines.append(f"""setp.gt.s32 p, $3, {tile};
+            @p cp.async.cg.shared.global [to + {16 * k * threads}], [$1 + {tile * tile_bytes}], 16;""")
+    thread = lax.broadcasted_iota(jnp.int32, token.shape, 0)
+    operands = token, tiles - thread // items, start + 16 * thread
+    constraints = ["=&r", "l", "0", "r", "r"]
+    return asm(f"{{ {' '.join(lines)} }}", constraints, *operands, addresses=[(ref, index)], pure=False)

@@ -1,0 +1,121 @@
+"""Products by packed weights for more rows of x than one tile has: warps have rows of w of their own, and read x
+together.
+
+As `triton_matmul`, to the bit: a result is summed in the same turns, one after the other. There every warp of a program
+takes a turn, so each reads another part of x, and all of x is read anew for every 16 rows of w. With 64 rows that is
+half a megabyte, far more than the rows of w. Here a program reads x once for up to 128 rows of w, by way of shared
+memory. Where w has few rows each turn is a program, which keeps its sums; they are added up in a launch of their own.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from realm_jax.kernels import fragments, pallas, prefetch
+from realm_jax.kernels.ahead import Ahead, matrix_of
+from realm_jax.kernels.columns import STAGE_INPUTS, STAGES, Columns, Stage
+from realm_jax.kernels.fragments import Fragment
+from realm_jax.kernels.lanes import Codes
+from realm_jax.kernels.mins import add_mins
+from realm_jax.kernels.plan import Plan, grid_of, most_tiles
+from realm_jax.kernels.results import keep, store
+from realm_jax.kernels.ring import commit, together
+
+Tokens = tuple[jax.Array | None, jax.Array | None]  # of what is read ahead of w and of x
+Totals = tuple[Fragment, ...]  # of tiles
+
+
+def kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], asked: prefetch.Request) -> None:
+    """One program: `own.program_rows` rows of one of the weights, one turn of K or all, up to `most_tiles` tiles of
+    eight columns."""
+    later, refs = refs[: len(asked.counts)], refs[len(asked.counts) :]
+    count = len(outputs) + own.waits
+    (pieces_ref, sums_ref, back_ref, *plane_refs), left_refs = refs[:-count], refs[-count:]
+    turn, turns = (pallas.program_id(2), 1) if own.split else (jnp.int32(0), own.turns)
+    first_tile, tiles = pallas.program_id(1) * most_tiles(format), min(own.tiles, most_tiles(format))
+    steps = turns * own.steps
+
+    def group(step: jax.Array, _warp: Any = None) -> jax.Array:
+        return own.group(lax.rem(step, jnp.int32(own.steps)), turn + lax.div(step, jnp.int32(own.steps)))
+
+    matrix, which = matrix_of(plane_refs, own, format, outputs, group)
+    reader = matrix.reader
+    x = Columns(pieces_ref, sums_ref, first_tile, tiles, reader.mins, own.pieces, own.warps)
+    weights = Ahead(matrix.places, own.warps, steps, own.stages)
+    parts = 4 * reader.unit // STAGE_INPUTS  # stages of x in a step
+    zero = x.zero()
+
+    def put_x(token: jax.Array | None, step: jax.Array, part: int) -> jax.Array | None:
+        """Begin to copy the part of x that is so many after the first of a step."""
+        step, part = step + part // parts, part % parts
+        sums_of = group(step) if reader.mins and part == parts - 1 else None
+        return commit(x.put(token, step * parts + part, group(step) * parts + part, sums_of, step < steps))
+
+    def begin() -> Tokens:
+        of_w, of_x = weights.start(), x.begin()
+        for stage in range(own.stages):
+            of_w = weights.put(of_w, jnp.int32(stage))
+        for part in range(STAGES - 1):
+            of_x = put_x(of_x, jnp.int32(0), part)
+        return of_w, of_x
+
+    def take_step(step: jax.Array, carry: tuple[Tokens, Totals]) -> tuple[Tokens, Totals]:
+        (of_w, of_x), totals = carry
+        for part in range(parts):
+            of_x = x.wait(of_x)
+            if part == 0:
+                rows = matrix.read(step, weights.take(of_w, step))
+                of_w = weights.put(together(of_w), step + own.stages)
+            of_x = put_x(of_x, step, part + STAGES - 1)
+            there = x.at(of_x, step * parts + part, group(step) * parts + part, group(step))
+            totals = add_part(totals, rows, there, part)
+        return (of_w, of_x), tuple(add_mins(totals, rows, there.pairs, own.pieces, zero)) if reader.mins else totals
+
+    def add_part(totals: Totals, rows: list[Codes], there: Stage, part: int) -> Totals:
+        for first in range(0, STAGE_INPUTS, reader.sub_block):
+            unit, place = divmod(part * STAGE_INPUTS + first, reader.unit)
+            sub, sixteens = place // reader.sub_block, range(first // 16, (first + reader.sub_block) // 16)
+            totals = tuple(there.add_products(totals, rows, reader.zero, sub, unit, sixteens))
+            if reader.offsets:
+                totals = tuple(add_offsets(y, rows, there, tile, sub, unit) for tile, y in enumerate(totals))
+        return totals
+
+    def add_offsets(total: Fragment, rows: list[Codes], there: Stage, tile: int, sub: int, unit: int) -> Fragment:
+        sums = fragments.by_column(*there.offsets(tile, sub), unit)
+        return fragments.add_scaled(sums, *(row.offsets[sub] for row in rows), total, unit, False)
+
+    program, thread, item = (
+        pallas.program_id(0),
+        *(lax.broadcasted_iota(jnp.int32, zero.shape, axis) for axis in (0, 1)),
+    )
+
+    def waiting(tile: int) -> Any:
+        """Where the sums of a tile are between turns."""
+        place = (jnp.broadcast_to(i, zero.shape) for i in (program, first_tile + tile))
+        return left_refs[-1].at[(*place, thread, item)]
+
+    def take_turn(number: jax.Array, tokens: Tokens) -> Tokens:
+        """Adds its sums to those of the turns before, which wait in memory: a thread reads what it has written."""
+        begun = number * own.steps
+        tokens, sums = lax.fori_loop(begun, begun + own.steps, take_step, (tokens, (zero,) * tiles))
+        for tile, own_sums in enumerate(sums):
+            at = waiting(tile)
+            before = pallas.load(at, mask=jnp.broadcast_to(number > 0, own_sums.shape), other=-0.0)
+            pallas.store(at, before + own_sums)
+        return tokens
+
+    if turns == 1:
+        _, totals = lax.fori_loop(0, own.steps, take_step, (begin(), (zero,) * tiles))
+    else:
+        lax.fori_loop(0, turns, take_turn, begin())
+        totals = [pallas.load(waiting(tile)) for tile in range(tiles)]
+    prefetch.fetch(later, asked, grid_of(own, format, outputs), own.warps)
+    for tile, total in enumerate(totals):
+        for number, y_ref in enumerate(left_refs[: len(outputs)]):
+            at = matrix.first, first_tile + tile, own, which == number
+            if own.split:
+                keep(y_ref, total, turn, *at)
+            else:
+                store(y_ref, back_ref, total, *at)
