@@ -187,13 +187,14 @@ def test_several_weights_of_one_x_are_multiplied_as_each_is():
 @pytest.mark.parametrize(
     ("names", "count"),
     [
-        ("Q4_K Q4_K Q6_K", 1),
+        ("Q4_K Q4_K Q4_0", 1),
         pytest.param("Q4_K Q4_K Q4_K", 1, marks=pytest.mark.slow),
-        pytest.param("Q4_K Q6_K Q4_K", 2, marks=pytest.mark.slow),
+        pytest.param("Q4_K Q4_0 Q4_K", 2, marks=pytest.mark.slow),
     ],
 )
 def test_weights_of_one_format_share_a_launch(names, count):
-    x, weights = jnp.zeros((1, 512)), [several(name, 512)[i] for i, name in enumerate(names.split())]
+    weights = [random_weights(name, n, 512, seed=n) for name, n in zip(names.split(), (20, 5, 16), strict=True)]
+    x = jnp.zeros((1, 512))
     lowered = jax.jit(matmul_each).trace(x, weights).lower(lowering_platforms=("cuda",)).as_text()
     assert lowered.count('name = "matmul_Q4_K"') == count
 
