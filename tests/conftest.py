@@ -3,6 +3,7 @@
 pytest imports this file before any test module, hence before JAX reads its environment.
 """
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -14,14 +15,22 @@ ON_GPU = os.environ.get("REALM_TEST_GPU") == "1"  # set it to run tests/gpu on t
 if not ON_GPU:
     os.environ["JAX_PLATFORMS"] = "cpu"
 
-# No test reads or warms the user's own compilation cache, or reads their tile sizes; commands that tests start as
-# processes share this cache.
-_cache = tempfile.TemporaryDirectory(prefix="realm-test-cache-", ignore_cleanup_errors=True)
-for _name in ("JAX_COMPILATION_CACHE_DIR", "REALM_JAX_CACHE", "REALM_TILES", "REALM_PREFETCH"):
+# No test reads or warms the user's own compilation cache, or reads their tile sizes. All processes of a run share one
+# folder (the workers have it from the process that starts them; notebooks and commands from the test that does), and
+# whatever one of them compiles is kept there: fetching a program takes milliseconds, compiling it a hundred.
+for _name in ("REALM_JAX_CACHE", "REALM_TILES", "REALM_PREFETCH"):
     os.environ.pop(_name, None)
-os.environ["XDG_CACHE_HOME"] = _cache.name
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="realm-test-cache-", ignore_cleanup_errors=True)
+    os.environ["XDG_CACHE_HOME"] = _cache.name
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(_cache.name, "xla"))
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["MPLCONFIGDIR"] = _cache.name
 os.environ["MPLBACKEND"] = "agg"
-os.environ["MPLCONFIGDIR"] = _cache.name
+
+# Every program that XLA compiles for the CPU maps memory, and Linux allows a process 65,530 maps: one more, and the
+# process is aborted. A worker that has more than this many at the end of a file forgets what it compiled.
+MAX_MAPS = 20_000
 
 # A worker takes whole files: the long ones come first, so that none is left for the end.
 LONG_FILES = (
@@ -56,6 +65,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.path.parts[len(config.rootpath.parts) :]:
             item.add_marker(skip)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let JAX compile, in silence, what another worker is writing to the shared cache at this moment."""
+    config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache entry:UserWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_maps():
+    """After a test file, drop all compiled programs if the process is on its way to more maps than it may have."""
+    yield
+    if _has_many_maps():
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
+
+
+def _has_many_maps() -> bool:
+    """Whether this process has mapped more than MAX_MAPS regions of memory; True where the system does not say."""
+    try:
+        return Path("/proc/self/maps").read_bytes().count(b"\n") > MAX_MAPS
+    except OSError:  # not Linux
+        return True
 
 
 def _byte_vocabulary() -> dict:
