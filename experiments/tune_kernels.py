@@ -2,11 +2,11 @@
 
     python experiments/tune_kernels.py [CONFIG] [--set 'formats=["Q4_K"]' ...] [--set out=realm_jax/kernels/tiles.json]
 
-For each format and class of shape every candidate (warps x stages) is timed at the first number of rows, the best few
-also at the others, and the one whose weighted times are the least is taken. That one is compared with dequantizing
-first at growing numbers of rows: `most_rows` is the last up to which it is never slower. After each format the file is
-merged into and written anew, so a run can be stopped and resumed, or do a few formats at a time. results.md has all
-times, as `product_times` measures them.
+For each format and class of shape every candidate (warps x stages) is timed at the first number of rows, and the best
+few, with each number of warps across, at all of them; the one whose weighted times are the least is taken. That one is
+compared with dequantizing first at growing numbers of rows: `most_rows` is the last up to which it is never slower.
+After each format the file is merged into and written anew, so a run can be stopped and resumed, or do a few formats at
+a time. results.md has all times, as `product_times` measures them.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from realm_jax.quant import FORMATS, QuantizedTensor
 Line = dict[str, Any]
 MOST, LEAST = (pick(tiles.ALLOWED["most_rows"][0]) for pick in (max, min))
 NEVER = float("inf")
+SEARCHED = ("warps", "stages", "across")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class TuneKernelsConfig:
     shapes: tuple[tuple[int, int], ...] = ((4096, 4096),)
     warps: tuple[int, ...] = (4, 8)
     stages: tuple[int, ...] = (3,)
+    across: tuple[int, ...] = (8,)
     rows: tuple[int, ...] = (1, 8, 64)
     weights: tuple[float, ...] = (0.6, 0.2, 0.2)
     finalists: int = 3
@@ -58,7 +60,8 @@ class TuneKernelsConfig:
         for name in self.formats:
             if name not in FORMATS:
                 raise RealmError(f"formats: {name!r} is not known; take some of {', '.join(FORMATS)}")
-        for key, numbers in (("warps", self.warps), ("stages", self.stages), ("most_rows", self.many_rows)):
+        asked = {key: getattr(self, key.replace("most", "many")) for key in tiles.ALLOWED}
+        for key, numbers in asked.items():
             allowed, spoken = tiles.ALLOWED[key]
             if not numbers or not set(numbers) <= set(allowed):
                 raise RealmError(f"{key.replace('most', 'many')}: {list(numbers)} has to be some of {spoken}")
@@ -111,12 +114,13 @@ def tune(config: TuneKernelsConfig, name: str) -> list[Line]:
     with ThreadPoolExecutor() as pool:
         make = functools.partial(random_weights, name, gigabytes=config.gigabytes)
         weights = dict(zip(config.shapes, pool.map(make, config.shapes), strict=True))
-    candidates = [Tiles(*pair, MOST) for pair in itertools.product(config.warps, config.stages)]
+    candidates = [Tiles(*pair, MOST, config.across[0]) for pair in itertools.product(config.warps, config.stages)]
     pairs = [(shape, tiles_) for shape in config.shapes for tiles_ in candidates]
     first = time_cases(config, [Case(fused(t), config.rows[0], weights[shape]) for shape, t in pairs])
     times = {(*pair, config.rows[0]): us for pair, us in zip(pairs, first, strict=True)}
-    finals = {shape: finalists(config, times, shape, name) for shape in config.shapes}
-    more = [(shape, t, rows) for shape in config.shapes for t in finals[shape] for rows in config.rows[1:]]
+    quickest = {shape: finalists(config, times, shape, name) for shape in config.shapes}
+    finals = {shape: [t._replace(across=n) for t in quickest[shape] for n in config.across] for shape in config.shapes}
+    more = [(shape, t, rows) for shape in config.shapes for t in finals[shape] for rows in config.rows]
     others = time_cases(config, [Case(fused(t), rows, weights[shape]) for shape, t, rows in more])
     times |= dict(zip(more, others, strict=True))
     best = {shape: cheapest(config, times, shape, finals[shape]) for shape in config.shapes}
@@ -193,7 +197,7 @@ def about(name: str, shape: tuple[int, int]) -> Line:
 
 
 def sizes(chosen: Tiles) -> Line:
-    return {"warps": chosen.warps, "stages": chosen.stages}
+    return {key: getattr(chosen, key) for key in SEARCHED}
 
 
 # --- what it leaves --------------------------------------------------------------------------------------------------
@@ -217,11 +221,11 @@ def report(run: Run, out: Path) -> None:
 
 def tables(lines: list[Line], choices: list[Line]) -> list[str]:
     """Choices; candidates, the best of each shape first; fused against dense."""
-    chosen = {key(line): (line["warps"], line["stages"]) for line in choices}
+    chosen = {key(line): tuple(line[name] for name in SEARCHED) for line in choices}
     groups: dict[tuple, dict[int, Line]] = {}
     for line in lines:
         if line["kind"] == "candidate":
-            groups.setdefault((*key(line), line["warps"], line["stages"]), {})[line["rows"]] = line
+            groups.setdefault((*key(line), *(line[name] for name in SEARCHED)), {})[line["rows"]] = line
     counts = list(dict.fromkeys(rows for group in groups.values() for rows in group))
     rows = []
     for place, group in sorted(groups.items(), key=lambda one: (one[0][:3], one[1][counts[0]]["us"])):
@@ -229,7 +233,7 @@ def tables(lines: list[Line], choices: list[Line]) -> list[str]:
         rate = f"{group[counts[0]]['bytes_per_second'] / 1e9:.0f}"
         rows.append([*map(str, place), *spent, rate, "x" if chosen.get(place[:3]) == place[3:] else ""])
     shape = ("format", "outputs", "inputs")
-    header = (*shape, "warps", "stages", *(f"us, rows {count}" for count in counts), "GB/s", "chosen")
+    header = (*shape, *SEARCHED, *(f"us, rows {count}" for count in counts), "GB/s", "chosen")
     many = [
         [*map(str, key(line)), str(line["rows"]), *(shown(line[way]) for way in ("fused_us", "dense_us"))]
         for line in lines

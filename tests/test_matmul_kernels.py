@@ -86,7 +86,7 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it():
 def test_turns_of_one_warp_or_of_a_program_each_give_the_bits_of_a_warp_each(name, few_outputs, dtype, monkeypatch):
     monkeypatch.setattr(plan, "FEW_OUTPUTS", few_outputs)
     x, w, _ = product(name, 17, 150, 1024, dtype)
-    own = plan.wide(plan.plan(17, dtype, w), w)
+    own = plan.wide(plan.plan(17, dtype, w), w, most=8)
     assert own.across and own.turns > 1 and own.split == (few_outputs > 0)
     whole = np.asarray(matmul(x, w, impl="triton"))
     for row in (0, 16):

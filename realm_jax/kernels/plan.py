@@ -82,14 +82,15 @@ def plan(rows: int, dtype: jnp.dtype, w: QuantizedTensor, tiles: Tiles | None = 
     return Plan(rows, width, outputs, pieces, turns, steps, -(-rows * pieces // 8), min(tiles.stages, steps))
 
 
-def wide(narrow: Plan, w: QuantizedTensor) -> Plan:
-    """The same sums by warps that have rows of their own and read x together; `narrow` again, where that cannot be."""
+def wide(narrow: Plan, w: QuantizedTensor, most: int) -> Plan:
+    """The same sums by warps that have rows of their own and read x together, `most` of them in a program; `narrow`
+    again, where that cannot be."""
     reader = codes.READERS[w.format]
     tiles = min(narrow.tiles, most_tiles(w.format))
     stages = wide_stages(reader)
     step_bytes = stages * 4 * reader.unit * ROWS * w.nbytes / w.size
     room = MOST_BYTES - columns.nbytes(tiles, reader.mins)
-    across = next((warps for warps in (8, 4, 2) if warps * step_bytes <= room), 0)
+    across = next((warps for warps in (8, 4, 2) if warps <= most and warps * step_bytes <= room), 0)
     if narrow.tiles < WIDE_TILES or not across:
         return narrow
     split = narrow.turns > 1 and narrow.outputs <= FEW_OUTPUTS

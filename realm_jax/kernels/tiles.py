@@ -29,18 +29,22 @@ CLASSES = tuple(f"{n} outputs, {k} inputs" for n in ("few", "many") for k in ("f
 
 
 class Tiles(NamedTuple):
-    """warps: of a program, at most; it has fewer where a row has not enough for them. stages: of the ring that is read
-    ahead. most_rows: of x, up to which the fused kernel serves; above it weights are dequantized first (`dense`)."""
+    """warps: that take turns along a row of w, at most; fewer where it has not enough for them. stages: of the ring
+    that is read ahead. most_rows: of x, up to which the fused kernel serves; above it weights are dequantized first
+    (`dense`). across: warps of a program that read x together where that is more than a tile, at most; 0: none do.
+    """
 
     warps: int
     stages: int
     most_rows: int
+    across: int
 
 
 ALLOWED = {
     "warps": ((1, 2, 4, 8, 16), "1, 2, 4, 8 or 16"),
     "stages": (range(2, 7), "2 to 6"),
     "most_rows": (range(64, 257), "64 to 256"),
+    "across": ((0, 2, 4, 8), "0, 2, 4 or 8"),
 }
 Table = dict[str, dict[str, dict[str, Tiles]]]  # device kind -> format -> class of shape
 
@@ -59,7 +63,7 @@ def find(format: str, outputs: int, inputs: int) -> Tiles:
 
 def rule(outputs: int) -> Tiles:
     """The tile sizes of what no file names."""
-    return Tiles(8 if outputs <= FEW_OUTPUTS else 4, 2, 64)
+    return Tiles(8 if outputs <= FEW_OUTPUTS else 4, 2, 64, 8)
 
 
 def shape_class(outputs: int, inputs: int) -> str:

@@ -76,7 +76,8 @@ def matmul_each(
 
 
 def _cut(x: jax.Array | Prepared, w: QuantizedTensor, tiles: Tiles | None = None) -> Plan:
-    return wide(plan(math.prod(x.shape[:-1]), x.dtype, w, tiles), w)
+    tiles = tiles or find(w.format, *w.shape)
+    return wide(plan(math.prod(x.shape[:-1]), x.dtype, w, tiles), w, tiles.across)
 
 
 def _shared(w: QuantizedTensor, own: Plan) -> tuple | None:
