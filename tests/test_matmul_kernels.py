@@ -265,7 +265,7 @@ def test_lanes_that_copy_together_fill_every_slot(name, rows, dtype):
     step, live = jnp.int32(0), rows * own.pieces
     places += ahead.places_of_pieces(pieces, step, 4 * reader.unit // 32, live, own.warps)
     if reader.mins:
-        places += ahead.places_of_pairs(sums, 0, step, live, own.pieces, own.warps)
+        places.append(ahead.place_of_pairs(sums, 0, step, live, own.warps))
     elif reader.offsets:
         places += [place for place in ahead.places_of_sums(sums, step, live, own.pieces, own.warps) if place]
     groups = Ring(places, own.warps, 2)._groups(places)

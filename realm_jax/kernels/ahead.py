@@ -139,10 +139,11 @@ def places_of_sums(sums_ref, s: jax.Array, live: int, pieces: int, warps: int) -
     return found
 
 
-def places_of_pairs(sums_ref, tile: jax.Array | int, s: jax.Array, live: int, pieces: int, warps: int) -> list[Place]:
-    """For `mma_mins`, the sums of both sub-blocks of unit t in column g (of the first piece of its row)."""
-    warp, g, t, lane = coordinates(lax.broadcasted_iota(jnp.int32, (32 * warps,), 0))
-    has, lane, g, place = lane < 4 * live, lane % (4 * live), g % live, s * warps + warp
-    at = jnp.broadcast_to(tile, t.shape), g // pieces * pieces, jnp.zeros_like(t), 4 * place + t
-    slots = Slots(4 * live, warp * (4 * live) + lane, copies=has, name="columns")
-    return [Place(sums_ref, at, 1, slots, sub * sums_ref.shape[-1]) for sub in range(2)]
+def place_of_pairs(sums_ref, tile: jax.Array | int, s: jax.Array, live: int, warps: int) -> Place:
+    """For `add_mins`, what a lane wants of the sums that are pairs."""
+    count = 4 * live
+    warp, _, _, lane = coordinates(lax.broadcasted_iota(jnp.int32, (32 * warps,), 0))
+    has, lane = lane < count, lane % count
+    at = jnp.broadcast_to(tile, lane.shape), s * warps + warp, lane, jnp.zeros_like(lane)
+    slots = Slots(count, warp * count + lane, copies=has, name="columns")
+    return Place(sums_ref, at, sums_ref.shape[3], slots)

@@ -9,8 +9,20 @@ import jax
 import jax.numpy as jnp
 
 SHORT = 16  # the most tokens of a row that share one tile after another
-PART = 256  # places of a part of a row, for short calls
 WIDEST = 256  # head width
+
+
+class Cut(NamedTuple):
+    """What a program takes at a time.
+
+    block: places of keys, a power of two, 16 at least; N. part: places of a part of a row, for short calls; whole
+    blocks. stages: of the copies of blocks ahead (int8 has its own way, and 1). warps: of a program.
+    """
+
+    block: int
+    part: int
+    stages: int
+    warps: int
 
 
 class Plan(NamedTuple):
@@ -18,8 +30,8 @@ class Plan(NamedTuple):
 
     tokens, heads, kv_heads, head_width: T, H, K, C. size: places of a row that are read at most. rows: M of a tile.
     tiles: of one program. groups: programs for the queries of a kv head. part, parts: places of a part, how
-    many there are. block: N. dtype: in which keys and values are multiplied. scale, softcap, sliding_window: as in
-    `kernels.attention`.
+    many there are. block: N. stages, warps: as in `Cut`. dtype: in which keys and values are multiplied. scale,
+    softcap, sliding_window: as in `kernels.attention`.
     """
 
     tokens: int
@@ -33,6 +45,8 @@ class Plan(NamedTuple):
     part: int
     parts: int
     block: int
+    stages: int
+    warps: int
     dtype: str
     scale: float
     softcap: float | None
@@ -62,19 +76,31 @@ def refuses(q: jax.Array, k: jax.Array) -> str | None:
     return None
 
 
-def plan(q_shape: tuple[int, ...], k_shape: tuple[int, ...], k_dtype, *, window=None, **options) -> Plan:
-    """How queries (B, T, H, C) are attended to a cache (L, B, S, K, C); options: scale, softcap, sliding_window."""
+def plan(q_shape: tuple[int, ...], k_shape: tuple[int, ...], k_dtype, *, window=None, cut=None, **options) -> Plan:
+    """How queries (B, T, H, C) are attended to a cache (L, B, S, K, C); options: scale, softcap, sliding_window.
+
+    cut: a `Cut` in place of `choose_cut`'s.
+    """
     _, T, H, C = q_shape
     S, K = k_shape[2:4]
     size = min(S, window or S)
     dtype = "float16" if jnp.dtype(k_dtype) == jnp.int8 else jnp.dtype(k_dtype).name
+    block, part, stages, warps = cut or choose_cut(jnp.dtype(k_dtype).name, C, T)
     small = dtype == "float32" or C > 128
-    block = 64 // (2 if dtype == "float32" else 1) // (2 if C > 128 else 1)  # what shared memory of 99 KiB holds
     rows = 16 if T <= SHORT else 32 if small else 64
     needed = -(-T * (H // K) // rows)
     tiles = min(needed, 2) if T <= SHORT and not small else 1
-    part = PART if T <= SHORT else size
+    part = part if T <= SHORT else size
     return Plan(
         tokens=T, heads=H, kv_heads=K, head_width=C, size=size, rows=rows, tiles=tiles, groups=-(-needed // tiles),
-        part=part, parts=-(-size // part), block=block, dtype=dtype, **options,
+        part=part, parts=-(-size // part), block=block, stages=stages, warps=warps, dtype=dtype, **options,
     )  # fmt: skip
+
+
+def choose_cut(k_dtype: str, head_width: int, tokens: int) -> Cut:
+    """How the work is cut for a cache of that type. Of all calls of up to SHORT tokens the same, for the same bits."""
+    wide = head_width > 128
+    block = 64 // (2 if k_dtype == "float32" else 1) // (2 if wide else 1)  # what shared memory of 99 KiB holds
+    warps = 8 if k_dtype == "float32" else 4  # with 4, float32 spills
+    stages = 1 if k_dtype == "int8" else 3 if tokens <= SHORT else 2
+    return Cut(block, 256, stages, warps)

@@ -16,13 +16,13 @@ from jax import lax
 
 from realm_jax.kernels import fragments, pallas
 from realm_jax.kernels.fragments import Fragment
-from realm_jax.kernels.lanes import Codes, coordinates, halves_of
-from realm_jax.kernels.ring import COPIES, Token, asm
+from realm_jax.kernels.lanes import Codes, halves_of
+from realm_jax.kernels.ring import COPIES, Token, asm, few
 
 STAGES = 3
 STAGE_INPUTS = 64
 PIECES = STAGE_INPUTS  # of a tile, in a stage, as items of 16 bytes: 8 inputs of a column each
-SUMS = 16  # likewise: of eight columns, in two sub-blocks of four units
+SUMS = 16  # likewise, of a group: 2 words for each lane, where a row has one piece
 
 
 class Columns(NamedTuple):
@@ -68,9 +68,10 @@ class Columns(NamedTuple):
         token = _copy(token, self.pieces_ref, at, PIECES, tiles, self.tiles, start)
         if group is None:
             return token
-        tile, item = self.first + thread // SUMS, thread % SUMS
-        at = tile, item // 2, item % 2, jnp.broadcast_to(4 * group, item.shape)
-        return _copy(token, self.sums_ref, at, SUMS, tiles, self.tiles, jnp.int32(self._sums))
+        items = SUMS // self.pieces
+        tile, item = self.first + thread // items, thread % items
+        at = tile, jnp.broadcast_to(group, item.shape), 32 // items * item, jnp.zeros_like(item)
+        return _copy(token, self.sums_ref, at, items, tiles, self.tiles, jnp.int32(self._sums))
 
     def wait(self, token: Token | None) -> Token | None:
         """For all warps, and until the stage before the newest is there."""
@@ -81,11 +82,10 @@ class Columns(NamedTuple):
         """Stage `number`, after `wait`; part, group: what was put there."""
         if token is None:
             return Stage(self, None, None, part, group)
-        _, g, t, lane = coordinates(self._thread())
+        lane = self._thread() % 32
         text = f"{{ .reg .b32 a; add.u32 a, $4, $5; {COPIES} }}"
         address = asm(text, ["=&r"] * 4 + ["r"] * 2, token, self._start(number) + 16 * lane, results=4)
-        column = g // self.pieces * self.pieces
-        return Stage(self, address, token + self._sums + 32 * column + 4 * t, part, group)
+        return Stage(self, address, token + self._sums + 16 * SUMS // self.pieces // 32 * lane, part, group)
 
     @property
     def _sums(self) -> int:
@@ -136,15 +136,14 @@ class Stage(NamedTuple):
             found.append(fragments.add_scaled(dot, *scales, total, unit, False))
         return found
 
-    def pairs(self, tile: int) -> list[Fragment]:
-        """For `fragments.sum_pairs`: the sums of both sub-blocks of unit t in column g (of its row's first piece)."""
+    def pairs(self, tile: int) -> Fragment:
+        """For `add_mins`, what a lane wants of the sums that are pairs."""
+        span = 3 - self.of.pieces
         if self.sums is None:
-            _, g, t, _ = coordinates(self._thread())
-            column = g // self.of.pieces * self.of.pieces
-            return [self._load(self.of.sums_ref, tile, column, sub, 4 * self.group + t) for sub in range(2)]
-        texts = (f"ld.shared.b32 a, [$4 + {16 * (SUMS * tile + sub)}];" for sub in range(2))
-        options = {"results": 4, "pure": False, "dtype": jnp.float32}
-        return [asm(f"{{ .reg .b32 a; {text} {COPIES} }}", ["=f"] * 4 + ["r"], self.sums, **options) for text in texts]
+            lane, item = self._thread() % 32, lax.broadcasted_iota(jnp.int32, self._thread().shape, 1)
+            return self._load(self.of.sums_ref, tile, self.group, lane, item * span // 4)
+        text = few("shared", span, f"[$4 + {16 * SUMS // self.of.pieces * tile}]")
+        return asm(text, ["=&r"] * 4 + ["r"], self.sums, results=4, pure=False)
 
     def offsets(self, tile: int, sub: int) -> list[Fragment]:
         """Sums of a sub-block of four units, in columns 2 t and 2 t + 1 (of second pieces: zeros): float32. They are

@@ -56,31 +56,9 @@ def mins(low: Fragment, high: Fragment, t: Fragment) -> Fragment:
     return asm(text + "mov.b32 $2, 0; mov.b32 $3, 0; }", ["=&r"] * 4 + ["r"] * 12, jnp.int32, *operands)
 
 
-SUM_SCALE = 2.0**19  # float16 holds sums of a sub-block times this
-
-
-def sum_pairs(first: Fragment, second: Fragment, odd: Fragment | None) -> Fragment:
-    """Two float32 numbers (any of four alike items) as B (8, 8) of `mma_mins`, times SUM_SCALE, int32: item 0 the two
-    as float16, item 1 what that leaves of them, 2^11 times as large. odd: where not 0, item 0 is what item 1 is."""
-    if pallas.interpreting():
-        both = jnp.stack([first[:, 0], second[:, 0]], 1) * SUM_SCALE
-        high = both.astype(jnp.float16)
-        low = ((both - high.astype(jnp.float32)) * 2048).astype(jnp.float16)
-        high, low = (lax.bitcast_convert_type(pair, jnp.int32) for pair in (high, low))
-        high = high if odd is None else jnp.where(odd[:, 0] != 0, low, high)
-        return jnp.stack([high, low, low, low], 1)
-    choice = "" if odd is None else "setp.ne.b32 p, $12, 0; selp.b32 $0, $1, $0, p; "
-    text = f"""{{ .reg .f32 a, b, c, d; .reg .b16 e, f; .reg .pred p;
-        mul.f32 a, $4, 0f49000000; mul.f32 b, $8, 0f49000000;
-        cvt.rn.f16x2.f32 $0, b, a; mov.b32 {{e, f}}, $0; cvt.f32.f16 c, e; cvt.f32.f16 d, f;
-        sub.f32 a, a, c; sub.f32 b, b, d; mul.f32 a, a, 0f45000000; mul.f32 b, b, 0f45000000;
-        cvt.rn.f16x2.f32 $1, b, a; {choice}mov.b32 $2, 0; mov.b32 $3, 0; }}"""
-    operands = [first, second, *([] if odd is None else [odd])]
-    return asm(text, ["=&r"] * 4 + ["f"] * 8 + ["r"] * (4 * len(operands) - 8), jnp.int32, *operands)
-
-
 def mma_mins(zero: Fragment, a: Fragment, b: Fragment, item: int) -> Fragment:
-    """A B for A (16, 8) of `mins` and B (8, 8) of `sum_pairs`, of which `item` counts; float32, as `mma`'s sums."""
+    """A B for A (16, 8) of `mins` and B (8, 8), pairs of sums of x as an `Operand` has them, in `item`; float32, as
+    `mma`'s sums."""
     if pallas.interpreting():
         both = a[:, :2], b[:, item]
         halves_a, halves_b = (lax.bitcast_convert_type(x, jnp.float16).astype(jnp.float32) for x in both)

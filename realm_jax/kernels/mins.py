@@ -9,31 +9,31 @@ from jax import lax
 
 from realm_jax.kernels import fragments
 from realm_jax.kernels.fragments import Fragment
-from realm_jax.kernels.lanes import Codes, coordinates
-from realm_jax.kernels.operand import LOW
+from realm_jax.kernels.lanes import Codes
+from realm_jax.kernels.operand import LOW, SUM_SCALE
 
 
 def add_mins(
     totals: Sequence[Fragment],
     rows: Sequence[Codes],
-    pairs: Callable[[int], Sequence[Fragment]],
+    pairs: Callable[[int], Fragment],
     pieces: int,
     zero: Fragment,
     one: bool = False,
 ) -> list[Fragment]:
     """totals of tiles, and what the mins of rows g and g + 8 add to them.
 
-    pairs: of a tile, for `fragments.sum_pairs`. pieces: columns of a row of x. one: see `fragments.add_scaled`.
+    pairs: of a tile, what a lane has of `Operand.sums`, each item twice or four times. pieces: columns of a row of x.
+    one: see `fragments.add_scaled`.
     """
-    _, g, t, _ = coordinates(lax.broadcasted_iota(jnp.int32, zero.shape, 0))
+    t = lax.broadcasted_iota(jnp.int32, zero.shape, 0) % 4
     a = fragments.mins(rows[0].mins[0], rows[1].mins[0], t)
-    odd = g % 2 if pieces == 2 else None  # columns of second pieces take the second pieces of sums
-    factors = [row.mins[1] * (2.0**24 / fragments.SUM_SCALE) for row in rows]
+    factors = [row.mins[1] * (2.0**24 / SUM_SCALE) for row in rows]
     totals = list(totals)
     for tile in range(len(totals)):
-        sums = fragments.sum_pairs(*pairs(tile), odd)
+        sums = pairs(tile)
         for part in range(3 - pieces):
             scaled = [factor * LOW for factor in factors] if part else factors
-            dots = fragments.mma_mins(zero, a, sums, part)
+            dots = fragments.mma_mins(zero, a, sums, 2 * part)
             totals[tile] = fragments.add_scaled(dots, *scaled, totals[tile], 0, one)
     return totals

@@ -17,22 +17,29 @@ from jax import lax
 from realm_jax.kernels import pallas
 
 LOW = 2.0**-11  # what the second piece of a number is scaled by
+SUM_SCALE = 2.0**19  # float16 holds sums of a sub-block times this
 
 
 class Form(NamedTuple):
     """What is wanted of x. pieces: columns that a row takes, 1 or 2. tiles: of columns. blocks: of 32 inputs, zeros
-    after the last. unit, sub_block: the sums of each sub-block of so many inputs, by its place in a unit of so many.
+    after the last. unit, sub_block: the sums of each sub-block of so many inputs, by its place in a unit of so many;
+    0: those of 32 inputs, as pairs.
     """
 
     pieces: int
     tiles: int
     blocks: int
-    unit: int
-    sub_block: int
+    unit: int = 0
+    sub_block: int = 0
 
     @property
     def rows_of_tile(self) -> int:
         return 8 // self.pieces
+
+    @property
+    def groups(self) -> int:
+        """Of 256 inputs."""
+        return -(-self.blocks // 8)
 
     @property
     def programs(self) -> int:
@@ -44,8 +51,10 @@ class Operand(NamedTuple):
     """x as the kernel reads it.
 
     pieces (tiles, blocks, 32, 4) int32: for each 32 inputs what a lane wants, as float16 pairs. sums (tiles, 8,
-    sub-blocks of a unit, units) float32: of the inputs of a sub-block, times 2^-24. back (rows,) float32: what undoes
-    the scaling of a row; NaN, if any of it is not finite.
+    sub-blocks of a unit, units) float32: of the inputs of a sub-block, times 2^-24; or, as pairs, (tiles, groups, 32,
+    3 - pieces) int32: for each 256 inputs the sums of two sub-blocks that lane 4 g + t wants of column g, number t of
+    four, times SUM_SCALE, as float16, and in the next item (of second pieces: in place of it) what that leaves, 2^11
+    times as large. back (rows,) float32: what undoes the scaling of a row; NaN, if any of it is not finite.
     """
 
     pieces: jax.Array
@@ -96,9 +105,13 @@ def operand_of(x: jax.Array | Prepared, form: Form) -> Operand:
 
 def shapes(form: Form) -> tuple[pallas.Shape, ...]:
     """Of the arrays of an Operand."""
+    sums = pallas.Shape((form.tiles, form.groups, 32, 3 - form.pieces), jnp.int32)
+    if form.unit:
+        shape = form.tiles, 8, form.unit // form.sub_block, form.blocks * 32 // form.unit
+        sums = pallas.Shape(shape, jnp.float32)
     return (
         pallas.Shape((form.tiles, form.blocks, 32, 4), jnp.int32),
-        pallas.Shape((form.tiles, 8, form.unit // form.sub_block, form.blocks * 32 // form.unit), jnp.float32),
+        sums,
         pallas.Shape((form.programs,), jnp.float32),
     )
 
@@ -133,21 +146,38 @@ def write(x_ref, pieces_ref, sums_ref, back_ref, *, form: Form) -> None:
     block, t, k, pair = i // 16, i // 4 % 4, i // 2 % 2, i % 2
     first = 32 * block + 16 * k + 4 * t + pair  # inputs 0 and 2, and 1 and 3, of four: as bytes of a word are masked
     for piece in range(own.pieces):
-        word = 0
-        for position in range(2):
-            bits = lax.bitcast_convert_type(_pieces(read(first + 2 * position) * up)[piece], jnp.uint16)
-            word = word | bits.astype(jnp.int32) << (16 * position)
+        word = _pair(*(_pieces(read(first + 2 * position) * up)[piece] for position in range(2)))
         lane = 4 * (column + piece) + t
         at = jnp.broadcast_to(tile, i.shape), block, lane, 2 * k + pair
         pallas.store(pieces_ref.at[at], word, mask=block < blocks)
+
+    def sums(number: jax.Array, size: int) -> jax.Array:
+        """Of so many inputs each, with these numbers, times 2^-24."""
+        shape = (*number.shape, size)
+        inputs = size * lax.broadcast_in_dim(number, shape, (0,)) + lax.broadcasted_iota(jnp.int32, shape, 1)
+        return jnp.sum(read(inputs) * up, -1) * 2.0**-24
+
+    if not own.unit:
+        unit = _power_of_two_iota(4 * own.groups)
+        even, odd = (_pieces(sums(2 * unit + i, 32) * SUM_SCALE) for i in range(2))
+        for i in range(2):
+            own_column, item = (column + i, 0) if own.pieces == 2 else (column, i)
+            at = tile, unit // 4, 4 * own_column + unit % 4, item
+            at = tuple(jnp.broadcast_to(index, unit.shape) for index in at)
+            pallas.store(sums_ref.at[at], _pair(even[i], odd[i]), mask=unit < 4 * own.groups)
+        return
     many, inner = blocks * 32 // own.sub_block, own.unit // own.sub_block
-    shape = (_power_of_two_above(many), own.sub_block)
-    s, j = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-    total = jnp.sum(read(own.sub_block * s + j) * up, -1) * 2.0**-24
     s = _power_of_two_iota(many)
+    total = sums(s, own.sub_block)
     for piece in range(own.pieces):
         at = jnp.broadcast_to(tile, s.shape), jnp.broadcast_to(column + piece, s.shape), s % inner, s // inner
         pallas.store(sums_ref.at[at], total if piece == 0 else jnp.zeros_like(total), mask=s < many)
+
+
+def _pair(low: jax.Array, high: jax.Array) -> jax.Array:
+    """Two float16 as an int32."""
+    bits = (lax.bitcast_convert_type(half, jnp.uint16).astype(jnp.int32) for half in (low, high))
+    return next(bits) | next(bits) << 16
 
 
 def _pieces(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -65,8 +65,8 @@ class Plan(NamedTuple):
     def form(self, reader: Reader) -> Form:
         """What is wanted of x; the same for most formats, and then prepared once."""
         blocks = self.steps * self.turns * 4 * reader.unit // 32
-        unit, sub_block = (reader.unit, reader.sub_block) if reader.offsets else (64, 32)  # as `mins` want it
-        return Form(self.pieces, self.tiles, blocks, unit, sub_block)
+        sums = (reader.unit, reader.sub_block) if reader.offsets else ()
+        return Form(self.pieces, self.tiles, blocks, *sums)
 
 
 def plan(rows: int, dtype: jnp.dtype, w: QuantizedTensor, tiles: Tiles | None = None) -> Plan:

@@ -19,6 +19,7 @@ from realm_jax.kernels.assembly import assembly
 
 MOST_BYTES = 48 * 1024  # of shared memory; with more, fewer programs run at a time
 COPIES = " ".join(f"mov.b32 ${i}, a;" for i in range(4))  # of one item
+PAIRS = "mov.b32 $1, $0; mov.b32 $3, $2;"
 Token = jax.Array  # (P,): the address of a thread's first bytes; whoever has it comes after what made it
 
 
@@ -142,14 +143,20 @@ def read_now(place: Place) -> jax.Array:
     return pallas.load(place.ref.at[tuple(at)])
 
 
-def read_one(place: Place) -> jax.Array:
-    """`read_now` of a place of one item of 32 bits, of whichever type, as the others stand (P, 4)."""
+def read_few(place: Place) -> jax.Array:
+    """`read_now` of a place of one or two items of 32 bits, int32, as the others stand (P, 4)."""
     if pallas.interpreting():
         return read_now(place)
-    text = f"{{ .reg .b32 a; ld.global.b32 a, [$4 + {4 * place.beyond}]; {COPIES} }}"
-    kind = "f" if place.ref.dtype == jnp.float32 else "r"
+    text = few("global", place.span, f"[$4 + {4 * place.beyond}]")
     address, index = [(place.ref, place.index)], place.index
-    return asm(text, [f"={kind}"] * 4 + ["l", "r"], index, addresses=address, results=4, dtype=place.ref.dtype)
+    return asm(text, ["=&r"] * 4 + ["l", "r"], index, addresses=address, results=4)
+
+
+def few(space: str, span: int, address: str) -> str:
+    """Assembly that reads one item or two for four results."""
+    if span == 1:
+        return f"{{ .reg .b32 a; ld.{space}.b32 a, {address}; {COPIES} }}"
+    return f"ld.{space}.v2.b32 {{$0, $2}}, {address}; {PAIRS}"
 
 
 def _copy(token: Token, group: list[tuple[Place, int]], stage: jax.Array, live: jax.Array) -> Token:
@@ -180,7 +187,6 @@ def _index_to_copy(place: Place) -> jax.Array:
 def _read(address: jax.Array, start: int, place: Place) -> jax.Array:
     size, span = place.ref.dtype.itemsize, place.span
     halves = "and.b32 {0}, {2}, 0xffff; shr.u32 {1}, {2}, 16;"
-    pairs = "mov.b32 $1, $0; mov.b32 $3, $2;"
     operands = [address]
     match span, size:
         case 4, 4:
@@ -190,9 +196,9 @@ def _read(address: jax.Array, start: int, place: Place) -> jax.Array:
         case 4, 1:
             text = "ld.shared.b32 a, [$4];" + " ".join(f"bfe.u32 ${i}, a, {8 * i}, 8;" for i in range(4))
         case 2, 4:
-            text = "ld.shared.v2.b32 {$0, $2}, [$4];" + pairs
+            text = "ld.shared.v2.b32 {$0, $2}, [$4];" + PAIRS
         case 2, 2:
-            text = "ld.shared.b32 a, [$4];" + halves.format("$0", "$2", "a") + pairs
+            text = "ld.shared.b32 a, [$4];" + halves.format("$0", "$2", "a") + PAIRS
         case 1, 4:
             text = "ld.shared.b32 a, [$4];" + COPIES
         case 1, 2:

@@ -61,8 +61,8 @@ def attend(
         operands,
         out if p.parts == 1 else partial,
         grid=(p.kv_heads, p.parts * p.groups, B),
-        num_warps=8 if p.dtype == "float32" else 4,  # with 4, float32 spills
-        num_stages=1 if scales else 3 if p.rows == 16 else 2,
+        num_warps=p.warps,
+        num_stages=p.stages,
         name="attend",
     )
     if p.parts == 1:
@@ -97,14 +97,15 @@ def _attend_part(p: Plan, layer_ref, row_ref, place_ref, q_ref, k_ref, v_ref, *r
     zero = (
         jnp.zeros((p.rows, p.width), jnp.float32),
         jnp.full(p.rows, LOWEST, jnp.float32),
-        jnp.zeros(p.rows, jnp.float32),
+        jnp.zeros((p.rows, p.block), jnp.float32),
     )
     steps = jnp.maximum(stop - start + p.block - 1, 0) // p.block
     # int8 comes a block ahead and through registers: what Triton itself fetches ahead lies in shared memory as bytes,
     # and is read from there a byte at a time.
     ahead = fetch(jnp.int32(0)) if k_ref.dtype == jnp.int8 else ()
     _, sums = jax.lax.fori_loop(0, steps, step, (ahead, (zero,) * p.tiles))
-    for tile, (acc_MC, top_M, total_M) in zip(tiles, sums, strict=True):
+    for tile, (acc_MC, top_M, total_MN) in zip(tiles, sums, strict=True):
+        total_M = jnp.sum(total_MN, 1)
         if p.parts == 1:
             acc_MC = acc_MC / total_M[:, None]
             tile.put(p, outs[0], (b,), acc_MC, True)
@@ -141,8 +142,11 @@ class _Tile(NamedTuple):
         return cls(token_M, head_M, real_M, place_M, pieces, unit_M)
 
     def weigh(self, p: Plan, k_NC: jax.Array, k_scale: jax.Array | None, place_N: jax.Array, sums: tuple) -> tuple:
-        """Softmax weights of a block, relative to the largest score so far, and the sums brought to it."""
-        acc_MC, top_M, total_M = sums
+        """Softmax weights of a block, relative to the largest score so far, and the sums brought to it.
+
+        The sums of weights stay apart for each place of a block until the last one: no thread waits for another's.
+        """
+        acc_MC, top_M, total_MN = sums
         scores_MN = _dots(self.pieces, k_NC, 1)
         if self.unit_M is not None:
             scores_MN *= self.unit_M[:, None]
@@ -157,9 +161,10 @@ class _Tile(NamedTuple):
             seen_MN &= place_N[None, :] > self.place_M[:, None] - p.sliding_window
         scores_MN = jnp.where(seen_MN, scores_MN, LOWEST)
         new_M = jnp.maximum(top_M, jnp.max(scores_MN, 1))
-        shrink_M = jnp.exp2(top_M - new_M)
-        weights_MN = jnp.where(seen_MN, jnp.exp2(scores_MN - new_M[:, None]), 0.0)
-        return acc_MC * shrink_M[:, None], new_M, total_M * shrink_M + jnp.sum(weights_MN, 1), weights_MN
+        shrink_M1 = jnp.exp2(top_M - new_M)[:, None]
+        base_M = jnp.where(new_M == LOWEST, 0.0, new_M)  # before any place is seen, so that weights are zero
+        weights_MN = jnp.exp2(scores_MN - base_M[:, None])
+        return acc_MC * shrink_M1, new_M, total_MN * shrink_M1 + weights_MN, weights_MN
 
     def put(self, p: Plan, ref, at: tuple, values: jax.Array, live: jax.Array | bool) -> None:
         """Write values (M, C) or (M,) where these queries stand in (*at, T, H, C) or (*at, T, H)."""
@@ -199,7 +204,7 @@ def _load_scales(ref, at: tuple, place_N: jax.Array, stop: jax.Array, h: jax.Arr
     return load(ref.at[(*at, place_1N, h)], mask=place_1N < stop, other=0.0)
 
 
-def _add_values(p: Plan, acc_MC, top_M, total_M, weights_MN, v_NC, v_scale) -> tuple:
+def _add_values(p: Plan, acc_MC, top_M, total_MN, weights_MN, v_NC, v_scale) -> tuple:
     """The sums with a block's values in them."""
     if v_scale is not None:
         weights_MN = weights_MN * v_scale
@@ -207,7 +212,7 @@ def _add_values(p: Plan, acc_MC, top_M, total_M, weights_MN, v_NC, v_scale) -> t
     out_MC = _dots(pieces, v_NC, 0)
     if unit_M is not None:
         out_MC *= unit_M[:, None]
-    return acc_MC + out_MC, top_M, total_M
+    return acc_MC + out_MC, top_M, total_MN
 
 
 def _pieces(x_MK: jax.Array, dtype: str) -> tuple[list[jax.Array], jax.Array | None]:

@@ -21,13 +21,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from realm_jax.kernels import codes, fragments, pallas, prefetch, triton_wide
-from realm_jax.kernels.ahead import Ahead, matrix_of, places_of_pairs, places_of_pieces, places_of_sums
+from realm_jax.kernels.ahead import Ahead, matrix_of, place_of_pairs, places_of_pieces, places_of_sums
 from realm_jax.kernels.lanes import coordinates, halves_of
 from realm_jax.kernels.mins import add_mins
 from realm_jax.kernels.operand import Prepared, operand_of
 from realm_jax.kernels.plan import Plan, clipped, grid_of, most_tiles, plan, wide
 from realm_jax.kernels.results import added, shapes, store
-from realm_jax.kernels.ring import Place, read_one
+from realm_jax.kernels.ring import Place, read_few
 from realm_jax.kernels.tiles import Tiles, find
 from realm_jax.quant.tensor import QuantizedTensor
 
@@ -150,13 +150,13 @@ def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], asked: pref
         if early:
             x = places_of_pieces(pieces_ref, s, blocks, live, own.warps)
             if reader.mins:
-                x += sums_places(0, s)
+                x.append(pairs_place(0, s))
             elif reader.offsets:
                 x += places_of_sums(sums_ref, s, live, own.pieces, own.warps)
         return [*matrix.places(s), x]
 
-    def sums_places(tile: int, s: jax.Array) -> list[Place]:
-        return places_of_pairs(sums_ref, clipped(first_tile + tile, own), s, live, own.pieces, own.warps)
+    def pairs_place(tile: int, s: jax.Array) -> Place:
+        return place_of_pairs(sums_ref, clipped(first_tile + tile, own), s, live, own.warps)
 
     ahead = Ahead(places, own.warps, own.steps, own.stages)
 
@@ -173,8 +173,8 @@ def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], asked: pref
             totals = add_mins(totals, rows, lambda tile: pairs(tile, x, s), own.pieces, zero, live == 1)
         return token, totals
 
-    def pairs(tile: int, x: list, s: jax.Array) -> list[jax.Array]:
-        return x[blocks:] if early else [read_one(place) for place in sums_places(tile, s)]
+    def pairs(tile: int, x: list, s: jax.Array) -> jax.Array:
+        return x[blocks] if early else read_few(pairs_place(tile, s))
 
     def add_sub_block(unit: int, sub: int, rows: list, parts: list, x: list, place: jax.Array, totals: list) -> None:
         """What one sub-block of a unit adds to the totals."""

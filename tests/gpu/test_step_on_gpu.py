@@ -84,7 +84,7 @@ def prepared_rows(dtype: str, rows: int, width: int) -> tuple:
     keys = jax.random.split(jax.random.key(rows), 3)
     x, more = (jax.random.normal(key, (rows, 1, width)).astype(dtype) for key in keys[:2])
     pieces = pieces_of(dtype)
-    form = Form(pieces, -(-rows * pieces // 8), -(-width // 256) * 8, 64, 32)
+    form = Form(pieces, -(-rows * pieces // 8), -(-width // 256) * 8)
     return x, more, jax.random.normal(keys[2], (width,)), form
 
 
