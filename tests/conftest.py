@@ -1,4 +1,4 @@
-"""What every test stands on: JAX on the CPU, a compilation cache of its own, and Hypothesis without deadlines.
+"""What every test stands on: JAX on the CPU, a compilation cache, quick compiling, and Hypothesis without deadlines.
 
 pytest imports this file before any test module, hence before JAX reads its environment.
 """
@@ -35,14 +35,33 @@ MAX_MAPS = 20_000
 # A worker takes whole files: the long ones come first, so that none is left for the end.
 LONG_FILES = (
     "test_notebooks.py",
-    "test_finetune.py",
     "test_speculative.py",
-    "test_engine.py",
-    "test_lora_merge.py",
-    "test_train_tiny.py",
-    "test_quant_encode.py",
     "test_lora.py",
-    "test_speculative_experiments.py",
+    "test_lora_merge.py",
+    "test_engine.py",
+    "test_finetune.py",
+    "test_quant_encode.py",
+)
+
+# Compiling is most of the time that tests take, and without LLVM's optimizations it takes a third less. What tests say
+# of servers, loops and files does not depend on them. These files are about numbers, to the bit or against those of
+# llama.cpp: they run the machine code that users run, and so does whatever a test starts as a process of its own.
+OPTIMIZED_FILES = (
+    "test_assets.py",
+    "test_attention_kernels.py",
+    "test_cache_kernel.py",
+    "test_int8_arithmetic.py",
+    "test_lora_golden.py",
+    "test_matmul.py",
+    "test_matmul_kernels.py",
+    "test_model.py",
+    "test_norm_kernel.py",
+    "test_prefetch.py",
+    "test_prepared.py",
+    "test_quant_encode.py",
+    "test_quant_formats.py",
+    "test_quant_iq.py",
+    "test_quant_tensor.py",
 )
 
 # The first call of a jitted function compiles: its time says nothing.
@@ -58,7 +77,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         name = f"{item.path.name}::{item.name}"
         if name in lines or name.partition("[")[0] in lines:
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: LONG_FILES.index(item.path.name) if item.path.name in LONG_FILES else len(LONG_FILES))
+    items.sort(key=_place)
     if ON_GPU:
         return
     skip = pytest.mark.skip(reason="needs a GPU: run with REALM_TEST_GPU=1")
@@ -72,13 +91,26 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache entry:UserWarning")
 
 
+def _place(item: pytest.Item) -> tuple[int, bool]:
+    """Sorts tests: long files, then those of OPTIMIZED_FILES one after the other, then the rest."""
+    name = item.path.name
+    return LONG_FILES.index(name) if name in LONG_FILES else len(LONG_FILES), name not in OPTIMIZED_FILES
+
+
 @pytest.fixture(scope="module", autouse=True)
-def few_maps():
-    """After a test file, drop all compiled programs if the process is on its way to more maps than it may have."""
+def compiled_programs_of_a_file(request: pytest.FixtureRequest):
+    """Compile as the file wants it, and keep what another has compiled only if that was compiled alike.
+
+    Afterwards drop everything that is compiled if the process is on its way to more maps than it may have.
+    """
+    import jax
+
+    quickly = not ON_GPU and request.path.name not in OPTIMIZED_FILES
+    if jax.config.read("jax_disable_most_optimizations") != quickly:
+        jax.config.update("jax_disable_most_optimizations", quickly)
+        jax.clear_caches()
     yield
     if _has_many_maps():
-        import jax
-
         jax.clear_caches()
         gc.collect()
 

@@ -17,6 +17,7 @@ from realm_jax.kernels.matmul import matmul
 from realm_jax.lora.row_order import to_ggml_rows, to_hf_rows
 from realm_jax.quant import FORMATS
 
+QUICK = ("Q4_0", "Q8_0", "Q4_K", "Q5_K", "IQ2_XXS", "IQ1_M", "TQ2_0", "MXFP4", "float32", "bfloat16")
 LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -52,7 +53,10 @@ def toy_delta(rng, N, K, R=3, dora=False, w=None):
 
 @pytest.mark.parametrize(
     ("name", "dora"),
-    [(name, True) for name in (*sorted(FORMATS), "float32", "bfloat16")]  # DoRA's takes in what LoRA's does
+    [  # DoRA's takes in what LoRA's does
+        (name, True) if name in QUICK else pytest.param(name, True, marks=pytest.mark.slow)
+        for name in (*sorted(FORMATS), "float32", "bfloat16")
+    ]
     + [("Q8_0", False), ("float32", False)],
 )
 def test_a_delta_over_every_format_is_what_the_sum_of_both_gives(name, dora):

@@ -15,6 +15,10 @@ from realm_jax.kernels import IMPLEMENTATIONS, choose_impl, matmul, reference
 from realm_jax.quant import FORMATS
 
 every_format = pytest.mark.parametrize("name", FORMATS)
+QUICK = ("Q4_0", "Q8_0", "Q3_K", "Q4_K", "IQ2_XXS", "IQ1_S", "IQ4_NL", "TQ1_0", "NVFP4")
+one_of_each_kind = pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FORMATS]
+)
 
 
 def nmse(got: jax.Array, want: np.ndarray) -> float:
@@ -97,7 +101,7 @@ def test_packed_weights_are_constants_and_dense_ones_are_not():
     assert mixed.dtype == jnp.bfloat16
 
 
-@every_format
+@one_of_each_kind
 def test_vmap(name):
     x, w = make(name, 5, 256, 3, 2)
     want = matmul(x, w)

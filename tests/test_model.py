@@ -20,6 +20,7 @@ CONFIG = Config(
     architecture="llama", vocab_size=50, context_length=128, layers=2, width=32, ffn_width=48, heads=4, kv_heads=2,
     head_width=8, norm_eps=float(np.float32(1e-5)), rope=Rope(dimensions=8, original_context=128),
 )  # fmt: skip
+run_compiled = jax.jit(run, static_argnums=1)
 
 
 def nmse(ours, theirs) -> float:
@@ -54,36 +55,35 @@ def test_cached_equals_uncached(params):
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, 50, n) for n in (13, 7, 1)]
     cache = KVCache.create(CONFIG, batch=3, size=16)
-    step = jax.jit(lambda c, tokens, count: run(params, CONFIG, tokens, c, count))
     seen = [[], [], []]
     for piece in (range(0, 5), range(5, 6), range(6, 13)):
         tokens, count = np.full((3, len(piece)), 49, np.int32), np.zeros(3, np.int32)
         for b, row in enumerate(rows):
             part = row[piece.start : piece.stop]
             tokens[b, : len(part)], count[b] = part, len(part)
-        hidden, cache = step(cache, jnp.array(tokens), jnp.array(count))
+        hidden, cache = run_compiled(params, CONFIG, jnp.array(tokens), cache, jnp.array(count))
         for b in range(3):
             seen[b].append(hidden[b, : count[b]])
     np.testing.assert_array_equal(cache.length_B, [13, 7, 1])
     for row, parts in zip(rows, seen, strict=True):
-        alone, _ = run(params, CONFIG, jnp.array(row, jnp.int32)[None])
+        alone, _ = run_compiled(params, CONFIG, jnp.array(row, jnp.int32)[None])
         np.testing.assert_allclose(np.concatenate(parts), alone[0], rtol=2e-4, atol=2e-6)
 
 
 def test_rollback_is_arithmetic_on_lengths(params):
     """After taking tokens back, other tokens in their place give what they give without the detour."""
     tokens = jnp.array([[1, 2, 3, 4]], jnp.int32)
-    _, straight = run(params, CONFIG, tokens[:, :2], KVCache.create(CONFIG, 1, 8))
-    _, detour = run(params, CONFIG, tokens, KVCache.create(CONFIG, 1, 8))
+    _, straight = run_compiled(params, CONFIG, tokens[:, :2], KVCache.create(CONFIG, 1, 8))
+    _, detour = run_compiled(params, CONFIG, tokens, KVCache.create(CONFIG, 1, 8))
     detour = detour.replace(length_B=detour.length_B - 2)
     new = jnp.array([[9, 8]], jnp.int32)
-    expected, _ = run(params, CONFIG, new, straight)
-    np.testing.assert_allclose(run(params, CONFIG, new, detour)[0], expected, rtol=1e-5, atol=1e-7)
+    expected, _ = run_compiled(params, CONFIG, new, straight)
+    np.testing.assert_allclose(run_compiled(params, CONFIG, new, detour)[0], expected, rtol=1e-5, atol=1e-7)
 
 
 def test_tokens_beyond_the_cache_are_dropped_not_wrapped(params):
-    _, cache = run(params, CONFIG, jnp.arange(6, dtype=jnp.int32)[None], KVCache.create(CONFIG, 1, 8))
-    _, after = run(params, CONFIG, jnp.full((1, 4), 7, jnp.int32), cache, jnp.array([1], jnp.int32))
+    _, cache = run_compiled(params, CONFIG, jnp.arange(6, dtype=jnp.int32)[None], KVCache.create(CONFIG, 1, 8))
+    _, after = run_compiled(params, CONFIG, jnp.full((1, 4), 7, jnp.int32), cache, jnp.array([1], jnp.int32))
     np.testing.assert_array_equal(after.k[:, :, :6], cache.k[:, :, :6])
 
 

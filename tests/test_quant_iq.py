@@ -134,7 +134,7 @@ def test_importance_broadcasts_and_scales(name, golden):
 def test_every_kind_of_weights(name, golden):
     """No NaN, and no weight further off than the coarsest step its block can need."""
     w = golden["weights"]
-    packed = QuantizedTensor(FORMATS[name].encode(jnp.asarray(w)), name)
+    packed = QuantizedTensor(jax.jit(FORMATS[name].encode)(w), name)
     out = np.asarray(packed.dequantize())
     assert np.isfinite(out).all()
     size = FORMATS[name].block_size
