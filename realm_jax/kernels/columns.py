@@ -2,9 +2,9 @@
 `triton_wide`.
 
 A *stage* is what is read between two barriers: STAGE_INPUTS inputs of all columns of the program. While the warps are
-at one, the next two are on their way. Where `mins` want them, the sums of a group come with its last stage; they have
-one place, since a group has four stages then. The interpreter copies nothing, and reads where it would. Source: PTX
-ISA, "cp.async".
+at one, the next one or two are on their way. Where `mins` want them, the sums of a group come with its last stage;
+they have one place, since a group has four stages then. The interpreter copies nothing, and reads where it would.
+Source: PTX ISA, "cp.async".
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,6 @@ from realm_jax.kernels.fragments import Fragment
 from realm_jax.kernels.lanes import Codes, halves_of
 from realm_jax.kernels.ring import COPIES, Token, asm, few
 
-STAGES = 3
 STAGE_INPUTS = 64
 PIECES = STAGE_INPUTS  # of a tile, in a stage, as items of 16 bytes: 8 inputs of a column each
 SUMS = 16  # likewise, of a group: 2 words for each lane, where a row has one piece
@@ -37,6 +36,7 @@ class Columns(NamedTuple):
     tiles: int
     mins: bool
     pieces: int
+    stages: int
     warps: int
 
     def zero(self) -> Fragment:
@@ -49,7 +49,7 @@ class Columns(NamedTuple):
         """The address of the first stage."""
         if pallas.interpreting():
             return None
-        size = nbytes(self.tiles, self.mins)
+        size = nbytes(self.tiles, self.stages, self.mins)
         text = f"{{ .shared .align 16 .b8 columns[{size}]; .reg .b32 o; mov.u32 o, columns; add.u32 $0, o, $1; }}"
         return asm(text, ["=r", "r"], jnp.zeros((32 * self.warps,), jnp.int32))
 
@@ -75,7 +75,7 @@ class Columns(NamedTuple):
 
     def wait(self, token: Token | None) -> Token | None:
         """For all warps, and until the stage before the newest is there."""
-        text = f"cp.async.wait_group {STAGES - 2}; bar.sync 0;"
+        text = f"cp.async.wait_group {self.stages - 2}; bar.sync 0;"
         return None if token is None else asm(text, ["=r", "0"], token, pure=False)
 
     def at(self, token: Token | None, number: jax.Array, part: jax.Array, group: jax.Array) -> "Stage":
@@ -90,10 +90,10 @@ class Columns(NamedTuple):
     @property
     def _sums(self) -> int:
         """Where they are: after the stages."""
-        return 16 * STAGES * PIECES * self.tiles
+        return 16 * self.stages * PIECES * self.tiles
 
     def _start(self, number: jax.Array) -> jax.Array:
-        return lax.rem(number, jnp.int32(STAGES)) * (16 * PIECES * self.tiles)
+        return lax.rem(number, jnp.int32(self.stages)) * (16 * PIECES * self.tiles)
 
     def _thread(self) -> jax.Array:
         return lax.broadcasted_iota(jnp.int32, (32 * self.warps,), 0)
@@ -162,9 +162,9 @@ class Stage(NamedTuple):
         return lax.broadcasted_iota(jnp.int32, (32 * self.of.warps, 4), 0)
 
 
-def nbytes(tiles: int, mins: bool) -> int:
+def nbytes(tiles: int, stages: int, mins: bool) -> int:
     """Of shared memory."""
-    return 16 * tiles * (STAGES * PIECES + (SUMS if mins else 0))
+    return 16 * tiles * (stages * PIECES + (SUMS if mins else 0))
 
 
 def _copy(token: Token, ref, at: tuple, items: int, tiles: jax.Array, most: int, start: jax.Array) -> Token:

@@ -21,15 +21,16 @@ from realm_jax.quant.tensor import QuantizedTensor
 ROWS = 16  # of w, of a warp
 MOST_ROWS = 64  # of x
 WIDE_TILES = 2  # of columns: from so many on warps read x together
+WIDE_SHAPES = (3, 8), (3, 4), (2, 8), (2, 4), (3, 2), (2, 2)  # x_stages and across; the first that fits is taken
 
 
 class Plan(NamedTuple):
     """The static shape of a launch.
 
     rows, width, outputs: M, K, N. pieces: columns that a row of x takes. turns: in which a row is summed, `steps` times
-    a group of four units each. tiles: of eight columns. stages: steps that a warp reads ahead, with the one it is at;
-    fewer, if they do not fit. across: 0, or how many warps of a program have ROWS rows of w each, for all turns.
-    split: whether then each turn is a program of its own.
+    a group of four units each. tiles: of eight columns. program_tiles: of a program. stages: steps that a warp reads
+    ahead, with the one it is at; fewer, if they do not fit. across: 0, or how many warps of a program have ROWS rows of
+    w each, for all turns; then, x_stages: of `Columns`. split: whether each turn is a program of its own.
     """
 
     rows: int
@@ -39,8 +40,10 @@ class Plan(NamedTuple):
     turns: int
     steps: int
     tiles: int
+    program_tiles: int
     stages: int
     across: int = 0
+    x_stages: int = 0
     split: bool = False
 
     @property
@@ -78,28 +81,26 @@ def plan(rows: int, dtype: jnp.dtype, w: QuantizedTensor, tiles: Tiles | None = 
     # Two steps of more warps, where a step reads so much, would not fit in shared memory.
     turns = min(tiles.warps, 2 if reader.unit > 64 else 16, 1 << groups.bit_length() - 1)
     pieces = pieces_of(dtype)
-    steps = -(-groups // turns)
-    return Plan(rows, width, outputs, pieces, turns, steps, -(-rows * pieces // 8), min(tiles.stages, steps))
+    steps, of_x = -(-groups // turns), -(-rows * pieces // 8)
+    most = 8 if reader.sub_block == 32 else 2 if reader.offsets else 4  # what its registers hold
+    return Plan(rows, width, outputs, pieces, turns, steps, of_x, min(of_x, most), min(tiles.stages, steps))
 
 
 def wide(narrow: Plan, w: QuantizedTensor, most: int) -> Plan:
     """The same sums by warps that have rows of their own and read x together, `most` of them in a program; `narrow`
     again, where that cannot be."""
     reader = codes.READERS[w.format]
-    tiles = min(narrow.tiles, most_tiles(w.format))
-    stages = wide_stages(reader)
-    step_bytes = stages * 4 * reader.unit * ROWS * w.nbytes / w.size
-    room = MOST_BYTES - columns.nbytes(tiles, reader.mins)
-    across = next((warps for warps in (8, 4, 2) if warps <= most and warps * step_bytes <= room), 0)
-    if narrow.tiles < WIDE_TILES or not across:
-        return narrow
-    split = narrow.turns > 1 and narrow.outputs <= FEW_OUTPUTS
-    return narrow._replace(stages=stages, across=across, split=split)
-
-
-def wide_stages(reader: Reader) -> int:
-    """Of what warps read of w: the next is put where the last was, two barriers before it is wanted."""
-    return -(-2 * columns.STAGE_INPUTS // (4 * reader.unit))
+    tiles = min(narrow.tiles, 2 if reader.offsets and reader.sub_block == 16 else 8)
+    step_bytes = 4 * reader.unit * ROWS * w.nbytes / w.size
+    for x_stages, across in WIDE_SHAPES:
+        # What is put of w comes with the newest stage of x.
+        stages = -(-(x_stages - 1) * columns.STAGE_INPUTS // (4 * reader.unit))
+        needed = across * stages * step_bytes + columns.nbytes(tiles, x_stages, reader.mins)
+        if narrow.tiles >= WIDE_TILES and across <= most and needed <= MOST_BYTES:
+            split = narrow.turns > 1 and narrow.outputs <= FEW_OUTPUTS
+            own = {"stages": stages, "across": across, "x_stages": x_stages, "split": split}
+            return narrow._replace(program_tiles=tiles, **own)
+    return narrow
 
 
 def form_of(x: jax.Array, w: QuantizedTensor) -> Form:
@@ -107,16 +108,10 @@ def form_of(x: jax.Array, w: QuantizedTensor) -> Form:
     return plan(math.prod(x.shape[:-1]), x.dtype, w).form(codes.READERS[w.format])
 
 
-def most_tiles(format: str) -> int:
-    """How many column tiles fit in a program's registers."""
-    reader = codes.READERS[format]
-    return 8 if reader.sub_block == 32 else 2 if reader.offsets else 4
-
-
-def grid_of(own: Plan, format: str, outputs: tuple[int, ...]) -> tuple[int, int, int]:
+def grid_of(own: Plan, outputs: tuple[int, ...]) -> tuple[int, int, int]:
     """Programs of a launch, by rows of w, columns and turns."""
     programs = sum(-(-count // own.program_rows) for count in outputs)
-    return programs, -(-own.tiles // most_tiles(format)), own.turns if own.split else 1
+    return programs, -(-own.tiles // own.program_tiles), own.turns if own.split else 1
 
 
 def own_rows(outputs: tuple[int, ...], program_rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:

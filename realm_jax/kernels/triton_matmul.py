@@ -25,7 +25,7 @@ from realm_jax.kernels.ahead import Ahead, matrix_of, place_of_pairs, places_of_
 from realm_jax.kernels.lanes import coordinates, halves_of
 from realm_jax.kernels.mins import add_mins
 from realm_jax.kernels.operand import Prepared, operand_of
-from realm_jax.kernels.plan import Plan, clipped, grid_of, most_tiles, plan, wide
+from realm_jax.kernels.plan import Plan, clipped, grid_of, plan, wide
 from realm_jax.kernels.results import added, shapes, store
 from realm_jax.kernels.ring import Place, read_few
 from realm_jax.kernels.tiles import Tiles, find
@@ -106,8 +106,8 @@ def _launch(
     results = pallas.call(
         functools.partial(kernel, own=own, format=format, outputs=outputs, asked=asked),
         operands,
-        shapes(own, format, outputs, x.dtype),
-        grid=grid_of(own, format, outputs),
+        shapes(own, outputs, x.dtype),
+        grid=grid_of(own, outputs),
         num_warps=own.warps,
         num_stages=1,
         name=f"matmul_{format}",
@@ -118,12 +118,12 @@ def _launch(
 
 
 def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], asked: prefetch.Request) -> None:
-    """One program: ROWS rows of one of the weights, all of K, up to `most_tiles` tiles of eight columns."""
+    """One program: ROWS rows of one of the weights, all of K, `own.program_tiles` tiles of eight columns."""
     later, refs = refs[: len(asked.counts)], refs[len(asked.counts) :]
     pieces_ref, sums_ref, back_ref, *plane_refs = refs[: -len(outputs)]
     matrix, which = matrix_of(plane_refs, own, format, outputs, own.group)
     reader = matrix.reader
-    first_tile, tiles = pallas.program_id(1) * most_tiles(format), min(own.tiles, most_tiles(format))
+    first_tile, tiles = pallas.program_id(1) * own.program_tiles, own.program_tiles
     thread, item = (lax.broadcasted_iota(jnp.int32, (32 * own.warps, 4), axis) for axis in (0, 1))
     warp, _, t, lane_id = coordinates(thread)
     live = min(own.rows * own.pieces, 8)  # columns of a tile that are not zero
@@ -199,7 +199,7 @@ def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], asked: pref
         return [zero if items is None else items for items in x[blocks + 2 * sub : blocks + 2 * sub + 2]]
 
     _, totals = lax.fori_loop(0, own.steps, step, (ahead.begin(), [zero] * tiles))
-    prefetch.fetch(later, asked, grid_of(own, format, outputs), own.warps)
+    prefetch.fetch(later, asked, grid_of(own, outputs), own.warps)
     for tile, total in enumerate(totals):
         total = fragments.sum_over_warps(total, own.warps)
         for number, y_ref in enumerate(refs[-len(outputs) :]):

@@ -15,11 +15,11 @@ from jax import lax
 
 from realm_jax.kernels import fragments, pallas, prefetch
 from realm_jax.kernels.ahead import Ahead, matrix_of
-from realm_jax.kernels.columns import STAGE_INPUTS, STAGES, Columns, Stage
+from realm_jax.kernels.columns import STAGE_INPUTS, Columns, Stage
 from realm_jax.kernels.fragments import Fragment
 from realm_jax.kernels.lanes import Codes
 from realm_jax.kernels.mins import add_mins
-from realm_jax.kernels.plan import Plan, grid_of, most_tiles
+from realm_jax.kernels.plan import Plan, grid_of
 from realm_jax.kernels.results import keep, store
 from realm_jax.kernels.ring import commit, together
 
@@ -28,13 +28,13 @@ Totals = tuple[Fragment, ...]  # of tiles
 
 
 def kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], asked: prefetch.Request) -> None:
-    """One program: `own.program_rows` rows of one of the weights, one turn of K or all, up to `most_tiles` tiles of
+    """One program: `own.program_rows` rows of one of the weights, one turn of K or all, `own.program_tiles` tiles of
     eight columns."""
     later, refs = refs[: len(asked.counts)], refs[len(asked.counts) :]
     count = len(outputs) + own.waits
     (pieces_ref, sums_ref, back_ref, *plane_refs), left_refs = refs[:-count], refs[-count:]
     turn, turns = (pallas.program_id(2), 1) if own.split else (jnp.int32(0), own.turns)
-    first_tile, tiles = pallas.program_id(1) * most_tiles(format), min(own.tiles, most_tiles(format))
+    first_tile, tiles = pallas.program_id(1) * own.program_tiles, own.program_tiles
     steps = turns * own.steps
 
     def group(step: jax.Array, _warp: Any = None) -> jax.Array:
@@ -42,7 +42,7 @@ def kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], asked: prefe
 
     matrix, which = matrix_of(plane_refs, own, format, outputs, group)
     reader = matrix.reader
-    x = Columns(pieces_ref, sums_ref, first_tile, tiles, reader.mins, own.pieces, own.warps)
+    x = Columns(pieces_ref, sums_ref, first_tile, tiles, reader.mins, own.pieces, own.x_stages, own.warps)
     weights = Ahead(matrix.places, own.warps, steps, own.stages)
     parts = 4 * reader.unit // STAGE_INPUTS  # stages of x in a step
     zero = x.zero()
@@ -57,7 +57,7 @@ def kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], asked: prefe
         of_w, of_x = weights.start(), x.begin()
         for stage in range(own.stages):
             of_w = weights.put(of_w, jnp.int32(stage))
-        for part in range(STAGES - 1):
+        for part in range(own.x_stages - 1):
             of_x = put_x(of_x, jnp.int32(0), part)
         return of_w, of_x
 
@@ -68,7 +68,7 @@ def kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], asked: prefe
             if part == 0:
                 rows = matrix.read(step, weights.take(of_w, step))
                 of_w = weights.put(together(of_w), step + own.stages)
-            of_x = put_x(of_x, step, part + STAGES - 1)
+            of_x = put_x(of_x, step, part + own.x_stages - 1)
             there = x.at(of_x, step * parts + part, group(step) * parts + part, group(step))
             totals = add_part(totals, rows, there, part)
         return (of_w, of_x), tuple(add_mins(totals, rows, there.pairs, own.pieces, zero)) if reader.mins else totals
@@ -111,7 +111,7 @@ def kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], asked: prefe
     else:
         lax.fori_loop(0, turns, take_turn, begin())
         totals = [pallas.load(waiting(tile)) for tile in range(tiles)]
-    prefetch.fetch(later, asked, grid_of(own, format, outputs), own.warps)
+    prefetch.fetch(later, asked, grid_of(own, outputs), own.warps)
     for tile, total in enumerate(totals):
         for number, y_ref in enumerate(left_refs[: len(outputs)]):
             at = matrix.first, first_tile + tile, own, which == number
