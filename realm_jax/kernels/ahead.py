@@ -13,7 +13,7 @@ from realm_jax.kernels import codes, pallas
 from realm_jax.kernels.assembly import chosen
 from realm_jax.kernels.lanes import Codes, Lane, Reader, coordinates, places
 from realm_jax.kernels.plan import ROWS, Plan, own_rows
-from realm_jax.kernels.ring import Place, Ring, Slots, Token, commit, read_now
+from realm_jax.kernels.ring import Place, Ring, Slots, Token, commit, read_now, together
 
 
 class Ahead:
@@ -58,7 +58,7 @@ class Ahead:
     def next(self, token: Token | None, step: jax.Array) -> tuple[Token | None, list[list[jax.Array | None]]]:
         """`take`, after a later step is begun and this one is there."""
         if self.ring is not None:
-            token = self.ring.wait(commit(self.put(token, step + self.ahead)))
+            token = self.ring.wait(commit(self.put(together(token), step + self.ahead)))
         return token, self.take(token, step)
 
 

@@ -40,12 +40,12 @@ def store(y_ref, back_ref, total: Fragment, row: jax.Array, tile: jax.Array, own
 
 
 def keep(sums_ref, total: Fragment, turn: jax.Array, row: jax.Array, tile: jax.Array, own: Plan, here) -> None:
-    """If `here`, the sums of a turn, columns of its row of `sums_ref` (turns, columns, N) float32."""
+    """If `here`, the sums of a turn, times 2^24, columns of its row of `sums_ref` (turns, columns, N) float32."""
     thread, item = (lax.broadcasted_iota(jnp.int32, total.shape, axis) for axis in (0, 1))
     _, _, t, _ = coordinates(thread)
     n, inside = _outputs(thread, item // 2, row, own, sums_ref.shape[2])
     at = jnp.broadcast_to(turn, n.shape), 8 * tile + 2 * t + item % 2, n
-    pallas.store(sums_ref.at[at], total, mask=inside & (tile < own.tiles) & here)
+    pallas.store(sums_ref.at[at], total * 2.0**24, mask=inside & (tile < own.tiles) & here)
 
 
 def added(sums_TCN: jax.Array, back: jax.Array, own: Plan, dtype: jnp.dtype) -> jax.Array:
@@ -54,7 +54,8 @@ def added(sums_TCN: jax.Array, back: jax.Array, own: Plan, dtype: jnp.dtype) -> 
     if own.pieces == 2:
         total_CN = total_CN.reshape(-1, 2, total_CN.shape[1])
         total_CN = total_CN[:, 0] + total_CN[:, 1] * LOW
-    return (total_CN[: own.rows] * 2.0**24 * back[: own.rows, None]).astype(dtype)
+    # 2^24 is in them already: XLA would multiply it by `back` first, and that may be more than float32 holds.
+    return (total_CN[: own.rows] * back[: own.rows, None]).astype(dtype)
 
 
 def _outputs(thread: jax.Array, half: jax.Array, row: jax.Array, own: Plan, outputs: int) -> tuple:
