@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import os
@@ -63,7 +64,30 @@ def matmul(
     return lambda x, w: matmul(x, w, impl=impl), (x, weight), facts
 
 
-CASES = {"step": step, "matmul": matmul}
+def attention(
+    rows: int = 64, tokens: int = 1, places: int = 4096, cache: str = "bfloat16", heads: int = 32, kv_heads: int = 8,
+    width: int = 128, query: str = "bfloat16", layers: int = 32, cut: tuple[int, ...] = (),
+) -> tuple:  # fmt: skip
+    """Attention of queries of type `query` to one layer of a cache. cut: of `attention_plan.Cut`, else the chosen."""
+    import jax
+    import jax.numpy as jnp
+
+    from realm_jax.kernels.attention_plan import Cut, plan
+    from realm_jax.kernels.triton_attention import attend
+
+    own = Cut(*cut) if cut else None
+    q = jax.ShapeDtypeStruct((rows, tokens, heads, width), query)
+    stored = jax.ShapeDtypeStruct((layers, rows, places, kv_heads, width), cache)
+    scales = (jax.ShapeDtypeStruct(stored.shape[:-1], jnp.float32),) * 2 if cache == "int8" else ()
+    place, row = jax.ShapeDtypeStruct((rows, tokens), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)
+    p = plan(q.shape, stored.shape, stored.dtype, cut=own, scale=1.0, softcap=None, sliding_window=None)
+    read = sum(x.size // layers * x.dtype.itemsize for x in (stored, stored, *scales))
+    facts = {"weights": 2 * stored.size // layers, "bytes": read, "trips": (-(-min(p.part, p.size) // p.block),)}
+    run = functools.partial(attend, scale=width**-0.5, softcap=None, sliding_window=None, cut=own)
+    return run, (q, stored, stored, place, jax.ShapeDtypeStruct((), jnp.int32), row, *scales), facts
+
+
+CASES = {"step": step, "matmul": matmul, "attention": attention}
 
 
 def find_case(name: str) -> Callable[..., tuple]:

@@ -77,6 +77,19 @@ def test_a_query_gets_the_same_bits_whatever_is_beside_it(dtype, sliding_window)
     same_bits_whatever_is_beside(dtype, tokens=(1, 8), sliding_window=sliding_window)
 
 
+@pytest.mark.parametrize(("dtype", "cut"), [SLOW("int8", (16, 32, 3, 1)), ("bfloat16", (32, 64, 4, 2))])
+def test_any_cut_is_right_and_knows_nothing_of_the_window(dtype, cut, monkeypatch):
+    monkeypatch.setattr(attention_plan, "choose_cut", lambda *_: attention_plan.Cut(*cut))
+    cache, q = cache_of(dtype, B=2, S=100, K=1, C=16), queries(B=2, T=2, H=4, C=16)
+    place = jnp.array([[0, 1], [69, 70]], jnp.int32)
+    attend = functools.partial(attention, scale=0.25, layer=1, impl="triton")
+    attend = jax.jit(attend, static_argnames="window", compiler_options={"xla_backend_optimization_level": 0})
+    got = attend(q, place_BT=place, **cache)
+    assert nmse(got, float32_reference(q, cache, place, scale=0.25)) < BOUNDS[dtype]
+    one = attend(q[1:], place_BT=place[1:], rows_B=jnp.array([1]), window=71, **cache)
+    np.testing.assert_array_equal(one, got[1:])
+
+
 def test_leftovers_do_not_count():
     """Places that no query sees may hold anything, and a rest that is not read may even be infinite."""
     cache = cache_of("float32", B=2, S=300, K=1, C=16)

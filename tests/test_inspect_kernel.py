@@ -114,7 +114,7 @@ def test_launches_know_their_loop_and_their_graph():
 def test_cases_and_their_options():
     assert find_case("matmul") is matmul
     assert read_options(matmul, ["--rows", "8", "--format", "Q8_0"]) == {"rows": 8, "format": "Q8_0"}
-    with pytest.raises(RealmError, match="case 'step9' is not known; take step, matmul, or module:function"):
+    with pytest.raises(RealmError, match="case 'step9' is not known; take step, matmul, attention, or module:function"):
         find_case("step9")
     with pytest.raises(RealmError, match="case 'no_such_module:f': No module named"):
         find_case("no_such_module:f")

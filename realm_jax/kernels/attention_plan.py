@@ -16,7 +16,8 @@ class Cut(NamedTuple):
     """What a program takes at a time.
 
     block: places of keys, a power of two, 16 at least; N. part: places of a part of a row, for short calls; whole
-    blocks. stages: of the copies of blocks ahead (int8 has its own way, and 1). warps: of a program.
+    blocks. stages: of Triton's pipeline of copies; of int8, one more than there are blocks on their way. warps: of a
+    program.
     """
 
     block: int
@@ -56,6 +57,11 @@ class Plan(NamedTuple):
     def width(self) -> int:
         """C, padded to a power of two that tensor cores take."""
         return max(16, 1 << (self.head_width - 1).bit_length())
+
+    @property
+    def apart(self) -> int:
+        """W: a short call adds up weights in the end: no warp waits for another. A longer one lacks the registers."""
+        return self.block if self.tokens <= SHORT else 1
 
     @property
     def sharing(self) -> int:
@@ -98,9 +104,16 @@ def plan(q_shape: tuple[int, ...], k_shape: tuple[int, ...], k_dtype, *, window=
 
 
 def choose_cut(k_dtype: str, head_width: int, tokens: int) -> Cut:
-    """How the work is cut for a cache of that type. Of all calls of up to SHORT tokens the same, for the same bits."""
-    wide = head_width > 128
-    block = 64 // (2 if k_dtype == "float32" else 1) // (2 if wide else 1)  # what shared memory of 99 KiB holds
-    warps = 8 if k_dtype == "float32" else 4  # with 4, float32 spills
-    stages = 1 if k_dtype == "int8" else 3 if tokens <= SHORT else 2
-    return Cut(block, 256, stages, warps)
+    """How the work is cut for a cache of that type. The bits of a result depend on it: it asks nothing of the number of
+    rows, the size of the cache, or the tokens of a short call.
+
+    Small blocks, so that several programs share a multiprocessor and what one waits for, the others do not.
+    """
+    most = 64 // (2 if k_dtype == "float32" else 1) // (2 if head_width > 128 else 1)  # for shared memory of 99 KiB
+    short = tokens <= SHORT
+    return Cut(
+        block=min(most, 32) if short else most,
+        part=256,
+        stages=3 if short and k_dtype != "int8" else 2,
+        warps=8 if k_dtype == "float32" else 4,  # with 4, float32 spills
+    )

@@ -1,7 +1,8 @@
 """Attention that reads the padded ragged cache in place, as Pallas Triton kernels. Called by `kernels.attention`.
 
 Shape suffixes: `B` rows of queries, `T` new tokens, `H` query heads, `K` kv heads, `G` = H / K, `S` places of a row of
-the cache, `C` head width, `L` layers; `M` rows of a tile of queries, `N` places of a block of keys.
+the cache, `C` head width, `L` layers; `M` rows of a tile of queries, `N` places of a block of keys, `W` sums of weights
+that are kept apart.
 
 One program takes one kv head of one row, some tiles of its T * G queries, which share what is loaded, and one part of
 the row. It goes through the part in blocks, up to the last place that its queries see. Parts of a row are joined by a
@@ -62,7 +63,7 @@ def attend(
         out if p.parts == 1 else partial,
         grid=(p.kv_heads, p.parts * p.groups, B),
         num_warps=p.warps,
-        num_stages=p.stages,
+        num_stages=1 if scales else p.stages,
         name="attend",
     )
     if p.parts == 1:
@@ -83,29 +84,30 @@ def _attend_part(p: Plan, layer_ref, row_ref, place_ref, q_ref, k_ref, v_ref, *r
     def places(i: jax.Array) -> jax.Array:
         return start + i * p.block + jnp.arange(p.block, dtype=jnp.int32)
 
-    def fetch(i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return tuple(_load_block(p, ref, at, places(i), stop, h) for ref in (k_ref, v_ref))
+    def fetch(i: jax.Array) -> tuple[jax.Array | None, ...]:
+        scales = (_load_scales(ref, at, places(i), stop, h) for ref in (k_scale_ref, v_scale_ref))
+        return *(_load_block(p, ref, at, places(i), stop, h) for ref in (k_ref, v_ref)), *scales
 
     def step(i: jax.Array, carry: tuple) -> tuple:
         held, sums = carry
-        k_NC, v_NC = (pallas.int8_to_float16(x) for x in held) if held else fetch(i)
-        held = held and fetch(i + 1)
-        k_scale, v_scale = (_load_scales(ref, at, places(i), stop, h) for ref in (k_scale_ref, v_scale_ref))
+        (k_NC, v_NC, k_scale, v_scale), *held = (*held, fetch(i + len(held)))
+        if k_NC.dtype == jnp.int8:
+            k_NC, v_NC = pallas.int8_to_float16(k_NC), pallas.int8_to_float16(v_NC)
         weighed = [tile.weigh(p, k_NC, k_scale, places(i), own) for tile, own in zip(tiles, sums, strict=True)]
-        return held, tuple(_add_values(p, *one, v_NC, v_scale) for one in weighed)
+        return tuple(held), tuple(_add_values(p, *one, v_NC, v_scale) for one in weighed)
 
     zero = (
         jnp.zeros((p.rows, p.width), jnp.float32),
         jnp.full(p.rows, LOWEST, jnp.float32),
-        jnp.zeros((p.rows, p.block), jnp.float32),
+        jnp.zeros((p.rows, p.apart), jnp.float32),
     )
     steps = jnp.maximum(stop - start + p.block - 1, 0) // p.block
-    # int8 comes a block ahead and through registers: what Triton itself fetches ahead lies in shared memory as bytes,
-    # and is read from there a byte at a time.
-    ahead = fetch(jnp.int32(0)) if k_ref.dtype == jnp.int8 else ()
+    # int8 comes ahead through registers: what Triton itself fetches ahead lies in shared memory as bytes, and is read
+    # from there a byte at a time.
+    ahead = tuple(fetch(jnp.int32(i)) for i in range(p.stages - 1)) if k_ref.dtype == jnp.int8 else ()
     _, sums = jax.lax.fori_loop(0, steps, step, (ahead, (zero,) * p.tiles))
-    for tile, (acc_MC, top_M, total_MN) in zip(tiles, sums, strict=True):
-        total_M = jnp.sum(total_MN, 1)
+    for tile, (acc_MC, top_M, total_MW) in zip(tiles, sums, strict=True):
+        total_M = jnp.sum(total_MW, 1)
         if p.parts == 1:
             acc_MC = acc_MC / total_M[:, None]
             tile.put(p, outs[0], (b,), acc_MC, True)
@@ -142,11 +144,8 @@ class _Tile(NamedTuple):
         return cls(token_M, head_M, real_M, place_M, pieces, unit_M)
 
     def weigh(self, p: Plan, k_NC: jax.Array, k_scale: jax.Array | None, place_N: jax.Array, sums: tuple) -> tuple:
-        """Softmax weights of a block, relative to the largest score so far, and the sums brought to it.
-
-        The sums of weights stay apart for each place of a block until the last one: no thread waits for another's.
-        """
-        acc_MC, top_M, total_MN = sums
+        """Softmax weights of a block, relative to the largest score so far, and the sums brought to it."""
+        acc_MC, top_M, total_MW = sums
         scores_MN = _dots(self.pieces, k_NC, 1)
         if self.unit_M is not None:
             scores_MN *= self.unit_M[:, None]
@@ -164,7 +163,8 @@ class _Tile(NamedTuple):
         shrink_M1 = jnp.exp2(top_M - new_M)[:, None]
         base_M = jnp.where(new_M == LOWEST, 0.0, new_M)  # before any place is seen, so that weights are zero
         weights_MN = jnp.exp2(scores_MN - base_M[:, None])
-        return acc_MC * shrink_M1, new_M, total_MN * shrink_M1 + weights_MN, weights_MN
+        added_MW = weights_MN if p.apart > 1 else jnp.sum(weights_MN, 1, keepdims=True)
+        return acc_MC * shrink_M1, new_M, total_MW * shrink_M1 + added_MW, weights_MN
 
     def put(self, p: Plan, ref, at: tuple, values: jax.Array, live: jax.Array | bool) -> None:
         """Write values (M, C) or (M,) where these queries stand in (*at, T, H, C) or (*at, T, H)."""
@@ -204,7 +204,7 @@ def _load_scales(ref, at: tuple, place_N: jax.Array, stop: jax.Array, h: jax.Arr
     return load(ref.at[(*at, place_1N, h)], mask=place_1N < stop, other=0.0)
 
 
-def _add_values(p: Plan, acc_MC, top_M, total_MN, weights_MN, v_NC, v_scale) -> tuple:
+def _add_values(p: Plan, acc_MC, top_M, total_MW, weights_MN, v_NC, v_scale) -> tuple:
     """The sums with a block's values in them."""
     if v_scale is not None:
         weights_MN = weights_MN * v_scale
@@ -212,7 +212,7 @@ def _add_values(p: Plan, acc_MC, top_M, total_MN, weights_MN, v_NC, v_scale) -> 
     out_MC = _dots(pieces, v_NC, 0)
     if unit_M is not None:
         out_MC *= unit_M[:, None]
-    return acc_MC + out_MC, top_M, total_MN
+    return acc_MC + out_MC, top_M, total_MW
 
 
 def _pieces(x_MK: jax.Array, dtype: str) -> tuple[list[jax.Array], jax.Array | None]:
