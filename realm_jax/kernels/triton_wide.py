@@ -86,10 +86,8 @@ def kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], asked: prefe
         sums = fragments.by_column(*there.offsets(tile, sub), unit)
         return fragments.add_scaled(sums, *(row.offsets[sub] for row in rows), total, unit, False)
 
-    program, thread, item = (
-        pallas.program_id(0),
-        *(lax.broadcasted_iota(jnp.int32, zero.shape, axis) for axis in (0, 1)),
-    )
+    program = pallas.program_id(0)  # which the interpreter does not know inside of loops
+    thread, item = (lax.broadcasted_iota(jnp.int32, zero.shape, axis) for axis in (0, 1))
 
     def waiting(tile: int) -> Any:
         """Where the sums of a tile are between turns."""
