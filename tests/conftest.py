@@ -45,11 +45,13 @@ LONG_FILES = (
 
 # Compiling is most of the time that tests take, and without LLVM's optimizations it takes a third less. What tests say
 # of servers, loops and files does not depend on them. These files are about numbers, to the bit or against those of
-# llama.cpp: they run the machine code that users run, and so does whatever a test starts as a process of its own.
+# llama.cpp: they run the machine code that users run, and so does whatever a test starts as a process of its own, with
+# which two of them compare theirs.
 OPTIMIZED_FILES = (
     "test_assets.py",
     "test_attention_kernels.py",
     "test_cache_kernel.py",
+    "test_finetune_run.py",
     "test_int8_arithmetic.py",
     "test_lora_golden.py",
     "test_matmul.py",
@@ -62,6 +64,7 @@ OPTIMIZED_FILES = (
     "test_quant_formats.py",
     "test_quant_iq.py",
     "test_quant_tensor.py",
+    "test_train_tiny.py",
 )
 
 # The first call of a jitted function compiles: its time says nothing.
