@@ -73,7 +73,7 @@ def test_result_has_the_dtype_of_x_and_is_summed_in_float32(dtype, w_dtype):
     assert nmse(y, want) < {jnp.float32: 1e-12, jnp.float16: 2.0**-22, jnp.bfloat16: 2.0**-16}[dtype]
 
 
-@every_format
+@one_of_each_kind
 def test_gradient_in_x_is_that_of_the_dense_product(name):
     x, w = make(name, 6, 512, 2, 3)
     dense = w.dequantize()
