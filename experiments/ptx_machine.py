@@ -3,7 +3,7 @@
 
 What is not modelled: time; threads of a program that take different branches (an error); what other programs do at the
 same time, and fences; the order in which tensor cores add (a product is summed exactly and rounded once); and
-all that `ptx_arithmetic` and `ptx_shared` leave out. An instruction that is not known is a RealmError.
+all that `ptx_arithmetic` and `ptx_memory` leave out. An instruction that is not known is a RealmError.
 
 Source: NVIDIA, PTX ISA.
 """
@@ -19,7 +19,8 @@ import numpy as np
 from ptx import Instruction, Kernel, Operand
 from ptx_arithmetic import dtype_of, operation
 from ptx_memory import BadAddress, GlobalMemory
-from ptx_shared import Copy, Fault, SharedMemory
+from ptx_races import Detector, Fault
+from ptx_shared import Copy, SharedMemory
 from ptx_warp import REDUCE, item_addresses, multiply, reduce, shuffle
 from realm_jax.errors import RealmError
 
@@ -33,27 +34,25 @@ def simulate(kernel: Kernel, buffers: Sequence[Array], grid: Sequence[int], dyna
     """Run all programs of a grid on buffers (uint8 each), which are changed; what went wrong, each with an example."""
     if len(buffers) != len(kernel.parameters):
         raise RealmError(f"{kernel.name}: {len(buffers)} buffers for {len(kernel.parameters)} parameters")
-    faults: dict[Fault, str] = {}
-    memory = GlobalMemory(buffers, kernel.parameters)
+    races = Detector()
+    memory = GlobalMemory(races, buffers, kernel.parameters)
     for index in np.ndindex(*reversed([*grid, 1, 1][:3])):
-        program = Program(kernel, memory, index[::-1], dynamic_bytes)
+        races.begin(index[::-1])
         with np.errstate(all="ignore"):
-            program.run()
-        for fault, example in program.shared.faults.items():
-            faults.setdefault(fault, f"program {index[::-1]}, {example}")
-    return faults
+            Program(kernel, memory, races, dynamic_bytes).run()
+    return races.faults
 
 
 class Program:
     """One program of a grid (PTX: a CTA). registers: arrays (threads,) of unsigned bits, or bool; of 32 bits at least
     where they hold 8."""
 
-    def __init__(self, kernel: Kernel, memory: GlobalMemory, index: Sequence[int], dynamic_bytes: int) -> None:
-        self.kernel, self.memory, self.index = kernel, memory, index
+    def __init__(self, kernel: Kernel, memory: GlobalMemory, races: Detector, dynamic_bytes: int) -> None:
+        self.kernel, self.memory, self.races = kernel, memory, races
         self.threads = np.arange(kernel.threads)
         self.dynamic = -(-kernel.shared_bytes // DYNAMIC_ALIGNMENT) * DYNAMIC_ALIGNMENT
         size = self.dynamic + dynamic_bytes if kernel.dynamic else kernel.shared_bytes
-        self.shared = SharedMemory(size, kernel.threads)
+        self.shared = SharedMemory(races, size, kernel.threads)
         self.registers: dict[str, Array] = {}
         self.begun: list[Copy] = []  # since the last commit
         self.groups: list[list[Copy]] = []
@@ -65,7 +64,7 @@ class Program:
             while self.kernel.body[self.at].opcode not in ("ret", "exit"):
                 self._step(self.kernel.body[self.at])
         except BadAddress as error:
-            self.shared.faults[Fault("address", str(error), self.at)] = "where it ends"
+            self.races.faults.setdefault(Fault("address", str(error), self.at), f"program {self.races.program} ends")
 
     def _step(self, one: Instruction) -> None:
         active = self._active(one)
@@ -125,7 +124,7 @@ class Program:
         if name == "%tid":
             return self.threads.astype(np.uint32) if axis == "x" else everywhere(0, np.uint32)
         if name == "%ctaid":
-            return everywhere(self.index["xyz".index(axis)], np.uint32)
+            return everywhere(self.races.program["xyz".index(axis)], np.uint32)
         if operand in self.kernel.shared:
             return everywhere(self.kernel.shared[operand], np.uint64)
         if operand == self.kernel.dynamic:
@@ -184,7 +183,7 @@ class Program:
         if space == "shared":
             read = self.shared.load(self.threads[active], self._in_shared(addresses, size), size, self.at)
         else:
-            read = self.memory.load(addresses, size)
+            read = self.memory.load(self.threads[active], addresses, size, self.at)
         for name, part in zip(names, np.ascontiguousarray(read).view(dtype).T, strict=True):
             value = np.zeros(len(self.threads), dtype)
             value[active] = part
@@ -201,7 +200,7 @@ class Program:
         if space == "shared":
             self.shared.store(self.threads[active], self._in_shared(addresses, size), values, self.at)
         else:
-            self.memory.store(addresses, values)
+            self.memory.store(self.threads[active], addresses, values, self.at)
 
     def _update(self, one: Instruction, active: Array) -> None:
         """atom: what was there before is the result."""
@@ -242,7 +241,8 @@ class Program:
         values = np.zeros((len(targets), size), np.uint8)
         read = active & (wanted == size)
         if read.any():
-            values[read[active]] = self.memory.load(self._addresses(source, read, size), size)
+            sources = self._addresses(source, read, size)
+            values[read[active]] = self.memory.load(self.threads[read], sources, size, self.at)
         self.begun.append(self.shared.copy(self.threads[active], targets, values, self.at))
 
     # --- of warps ---
@@ -250,9 +250,9 @@ class Program:
     def _barrier(self, one: Instruction, active: Array) -> None:
         self._require_all(active)
         if one.opcode == "bar.warp.sync" and one.operands == ("0xffffffff",):
-            self.shared.warp_barrier()
+            self.races.warp_barrier()
         elif one.opcode in ("bar.sync", "barrier.sync") and one.operands == ("0",):
-            self.shared.barrier()
+            self.races.barrier()
         else:
             raise RealmError("this barrier is not simulated")
 

@@ -9,7 +9,7 @@ them JAX computes on the CPU. Arguments are random, weights as in `random_model`
 zeros; arrays stay what they are. Pallas' interpreter runs the case, too: the last line says how far the results in
 floating point are from its.
 
-Found are races in shared memory, asynchronous copies that nobody waited for, and addresses that are misaligned or out
+Found are races in memory, asynchronous copies that nobody waited for, and addresses that are misaligned or out
 of bounds. Any of them makes the exit status 1. Reads of what was never written are named, but may be harmless.
 """
 
@@ -31,7 +31,7 @@ from inspect_kernel import read_launches
 from offline_gpu import TARGETS, Target, as_if_on, compile_case, prepare
 from ptx import Kernel, read_kernel
 from ptx_machine import simulate
-from ptx_shared import Fault
+from ptx_races import Fault
 from realm_jax.errors import RealmError
 
 CALLS = "jit", "pjit", "custom_jvp_call", "custom_vjp_call", "custom_vmap_call"  # of one function, once

@@ -94,6 +94,11 @@ MUTATIONS = {  # what of the text becomes what, and what is said of it
     "a copy past the end": ("[%rd5], 16", "[%rd5+16], 16", "address: bytes 1536 to 1552 of product_param_0"),
     "an address of 4 bytes": ("[%rd7+256]", "[%rd7+260]", "address: thread 0: an address that is not a multiple of 8"),
     "too far": ("[%r5+512]", "[%r5+768]", "unwritten: reads what was never written"),
+    "no barrier for a result": (
+        "ret;",
+        "ld.global.b32 %r20, [%rd3+512]; ret;",
+        f"race: reads what another thread writes, {RACE}",
+    ),
     "beyond the tile": ("[%r5+512]", "[%r5+1024]", "of shared memory, which has 1024"),
 }
 
