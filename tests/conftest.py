@@ -44,22 +44,15 @@ LONG_FILES = (
 )
 
 # Compiling is most of the time that tests take, and without LLVM's optimizations it takes a third less. What tests say
-# of servers, loops and files does not depend on them. These files are about numbers, to the bit or against those of
-# llama.cpp: they run the machine code that users run, and so does whatever a test starts as a process of its own, with
-# which two of them compare theirs.
+# of servers, loops, files, and kernels in Pallas' interpreter does not depend on them. These files are about numbers,
+# to the bit or against those of llama.cpp: they run the machine code that users run, and so does whatever a test starts
+# as a process of its own, with which two of them compare theirs.
 OPTIMIZED_FILES = (
     "test_assets.py",
-    "test_attention_kernels.py",
-    "test_cache_kernel.py",
     "test_finetune_run.py",
-    "test_int8_arithmetic.py",
     "test_lora_golden.py",
     "test_matmul.py",
-    "test_matmul_kernels.py",
     "test_model.py",
-    "test_norm_kernel.py",
-    "test_prefetch.py",
-    "test_prepared.py",
     "test_quant_encode.py",
     "test_quant_formats.py",
     "test_quant_iq.py",
@@ -75,10 +68,10 @@ settings.load_profile("realm")
 @pytest.hookimpl(tryfirst=True)  # before the marks are looked at
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark those of slow_tests.txt, put long files first, and skip tests/gpu unless REALM_TEST_GPU=1 asks for them."""
-    lines = Path(__file__).with_name("slow_tests.txt").read_text(encoding="utf-8").splitlines()
+    lines = set(Path(__file__).with_name("slow_tests.txt").read_text(encoding="utf-8").splitlines())
     for item in items:
         name = f"{item.path.name}::{item.name}"
-        if name in lines or name.partition("[")[0] in lines:
+        if {name, name.partition("[")[0], item.path.name} & lines:
             item.add_marker(pytest.mark.slow)
     items.sort(key=_place)
     if ON_GPU:

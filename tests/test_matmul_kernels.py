@@ -13,6 +13,7 @@ import pytest
 from test_matmul import nmse
 from test_quant_formats import random_blocks, random_weights
 
+from random_model import weight_spec
 from realm_jax.errors import RealmError
 from realm_jax.kernels import ahead, assembly, choose_impl, codes, lanes, matmul, pallas, plan, reference
 from realm_jax.kernels.matmul import matmul_each
@@ -153,14 +154,14 @@ def test_more_rows_than_it_takes_are_refused_in_one_line():
 @pytest.mark.parametrize("rows", [1, pytest.param(33, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("for_an_h200")
 def test_it_lowers_for_cuda(name, rows):
-    x, w, _ = product(name, rows, 16, 512)
+    x, w = jnp.zeros((rows, 512)), weight_spec(name, (16, 512))
     lowered = jax.jit(functools.partial(matmul, impl="triton")).trace(x, w).lower(lowering_platforms=("cuda",))
     assert f"matmul_{name}" in lowered.as_text() and "cp.async" in lowered.as_text()
 
 
 @pytest.mark.usefixtures("for_an_h200")
 def test_it_lowers_where_nothing_can_be_copied_ahead():
-    x, w, _ = product("Q6_K", 3, 16, 1280)  # ten units, and too many columns of x
+    x, w = jnp.zeros((3, 1280)), weight_spec("Q6_K", (16, 1280))  # ten units, and too many columns of x
     lowered = jax.jit(functools.partial(matmul, impl="triton")).trace(x, w).lower(lowering_platforms=("cuda",))
     assert "cp.async" not in lowered.as_text()
 
@@ -193,16 +194,16 @@ def test_several_weights_of_one_x_are_multiplied_as_each_is():
 @pytest.mark.parametrize(
     ("names", "count"),
     [
-        ("Q4_K Q4_K Q4_0", 1),
-        pytest.param("Q4_K Q4_K Q4_K", 1, marks=pytest.mark.slow),
-        pytest.param("Q4_K Q4_0 Q4_K", 2, marks=pytest.mark.slow),
+        ("IQ2_XS IQ2_XS IQ3_S", 1),
+        ("IQ2_XS IQ2_XS IQ2_XS", 1),
+        ("IQ2_XS IQ3_S IQ2_XS", 2),
     ],
 )
 def test_weights_of_one_format_share_a_launch(names, count):
-    weights = [random_weights(name, n, 512, seed=n) for name, n in zip(names.split(), (20, 5, 16), strict=True)]
+    weights = [weight_spec(name, (n, 512)) for name, n in zip(names.split(), (20, 5, 16), strict=True)]
     x = jnp.zeros((1, 512))
     lowered = jax.jit(matmul_each).trace(x, weights).lower(lowering_platforms=("cuda",)).as_text()
-    assert lowered.count('name = "matmul_Q4_K"') == count
+    assert lowered.count('name = "matmul_IQ2_XS"') == count
 
 
 def bits(x: jax.Array) -> jax.Array:

@@ -182,4 +182,5 @@ def test_the_list_of_slow_tests_names_tests_that_are_there():
     lines = (ROOT / "tests" / "slow_tests.txt").read_text(encoding="utf-8").splitlines()
     for line in (line for line in lines if not line.startswith("#")):
         file, _, name = line.partition("::")
-        assert f"def {name.partition('[')[0]}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), line
+        text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert not name or f"def {name.partition('[')[0]}(" in text, line
