@@ -1,4 +1,4 @@
-"""What `inspect_kernel` can compile: its own cases by name, and those of any module."""
+"""What `inspect_kernel` and `simulate_kernel` can compile: their own cases by name, and those of any module."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import click
+
+from offline_gpu import TARGETS
 from realm_jax.errors import RealmError
 
 
@@ -51,7 +55,7 @@ def matmul(
 
     from random_model import weight_spec
     from realm_jax.kernels.matmul import choose_impl, matmul
-    from realm_jax.kernels.plan import plan
+    from realm_jax.kernels.plan import cut
 
     weight = weight_spec(format, (outputs, inputs))
     packed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight))
@@ -60,7 +64,7 @@ def matmul(
     with mock.patch.object(jax, "default_backend", lambda: "gpu"):
         chosen = choose_impl(x.shape, weight) if impl == "auto" else impl
     if chosen == "triton":
-        facts["trips"] = (plan(rows, x.dtype, weight).steps,)
+        facts["trips"] = cut(rows, x.dtype, weight).trips
     return lambda x, w: matmul(x, w, impl=impl), (x, weight), facts
 
 
@@ -102,6 +106,33 @@ def find_case(name: str) -> Callable[..., tuple]:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise RealmError(f"case {name!r}: {error}") from error
+
+
+def case_command(help: str, folder: str) -> Callable[[Callable], click.Command]:
+    """Makes a command of a function of a case, words of options for it, the name of a target and a folder (`folder`, if
+    none is named), and of what options it has beside. A RealmError ends it with one line and status 1."""
+
+    def command(function: Callable) -> click.Command:
+        @functools.wraps(function)
+        def run(**arguments: Any) -> None:
+            try:
+                function(**arguments)
+            except RealmError as error:
+                click.echo(f"error: {error}", err=True)
+                raise SystemExit(1) from error
+
+        for parameter in reversed((
+            click.argument("case"),
+            click.argument("options", nargs=-1, type=click.UNPROCESSED),
+            click.option("--target", type=click.Choice(list(TARGETS)), default="h200", show_default=True),
+            click.option("--out", type=click.Path(path_type=Path), default=Path(folder), show_default=True,
+                         help="Folder for what the compilers write; emptied first."),
+        )):  # fmt: skip
+            run = parameter(run)
+        settings = {"help_option_names": ["-h", "--help"], "ignore_unknown_options": True}
+        return click.command(help=help, context_settings=settings)(run)
+
+    return command
 
 
 def read_options(case: Callable[..., tuple], words: list[str]) -> dict[str, Any]:

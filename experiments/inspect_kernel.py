@@ -27,7 +27,7 @@ from typing import Any
 import click
 
 import machine_code
-from inspect_cases import find_case, read_options
+from inspect_cases import case_command, find_case, read_options
 from inspect_report import show_kernels, show_launches
 from offline_gpu import TARGETS, Target, compile_case, prepare, tool
 from realm_jax.errors import RealmError
@@ -115,15 +115,7 @@ def summarize_launches(launches: list[machine_code.Launch]) -> dict[str, Any]:
     return {"outside": len(outside), "outside_in_graph": sum(one.graph for one in outside), "loops": loops}
 
 
-@click.command(
-    help=__doc__.split("\n")[0],
-    context_settings={"help_option_names": ["-h", "--help"], "ignore_unknown_options": True},
-)
-@click.argument("case")
-@click.argument("options", nargs=-1, type=click.UNPROCESSED)
-@click.option("--target", type=click.Choice(list(TARGETS)), default="h200", show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/inspect"), show_default=True,
-              help="Folder for what the compilers write; emptied first.")  # fmt: skip
+@case_command(__doc__.split("\n")[0], "runs/inspect")
 @click.option("--only", metavar="REGEX", help="Only kernels whose name matches; with `step`, their machine code too.")
 @click.option("--trips", metavar="N,...", help="How often each loop of the kernel runs, in place of the case's facts.")
 @click.option("--thunks", is_flag=True, help="List every launch.")
@@ -132,11 +124,7 @@ def command(
     case: str, options: tuple[str, ...], target: str, out: Path, only: str | None, trips: str | None, thunks: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
-    try:
-        found = look(case, list(options), TARGETS[target], out, only, trips)
-    except RealmError as error:
-        click.echo(f"error: {error}", err=True)
-        raise SystemExit(1) from error
+    found = look(case, list(options), TARGETS[target], out, only, trips)
     launches = found.pop("list")
     if as_json:
         click.echo(json.dumps(found | ({"launch_list": [one._asdict() for one in launches]} if thunks else {})))

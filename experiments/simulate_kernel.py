@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 
-from inspect_cases import find_case, read_options
+from inspect_cases import case_command, find_case, read_options
 from inspect_kernel import read_launches
 from offline_gpu import TARGETS, Target, as_if_on, compile_case, prepare
 from ptx import Kernel, read_kernel
@@ -208,21 +208,9 @@ def show(run: Run) -> None:
         click.echo(f"  and {len(faults) - MOST_SHOWN} more")
 
 
-@click.command(
-    help=__doc__.split("\n")[0],
-    context_settings={"help_option_names": ["-h", "--help"], "ignore_unknown_options": True},
-)
-@click.argument("case")
-@click.argument("options", nargs=-1, type=click.UNPROCESSED)
-@click.option("--target", type=click.Choice(list(TARGETS)), default="h200", show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/simulate"), show_default=True,
-              help="Folder for what the compilers write; emptied first.")  # fmt: skip
+@case_command(__doc__.split("\n")[0], "runs/simulate")
 def command(case: str, options: tuple[str, ...], target: str, out: Path) -> None:
-    try:
-        runs, found = look(case, list(options), TARGETS[target], out)
-    except RealmError as error:
-        click.echo(f"error: {error}", err=True)
-        raise SystemExit(1) from error
+    runs, found = look(case, list(options), TARGETS[target], out)
     for run in runs:
         show(run)
     click.echo("NMSE, against the interpreter: " + ", ".join(f"{error:.1e}" for error in found))

@@ -178,6 +178,18 @@ def byte_vocabulary() -> dict:
 
 
 @pytest.fixture
+def cuda_plugin():
+    """For tests that compile for a GPU that is not there: they are skipped where JAX's plugin for that is not."""
+    import offline_gpu
+    from realm_jax.errors import RealmError
+
+    try:
+        offline_gpu.require_plugin()
+    except RealmError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
 def for_an_h200(monkeypatch):
     """Within it, what is traced is for a GPU: kernels are not for the interpreter. JAX 0.11 wants to know which GPU."""
     import jax

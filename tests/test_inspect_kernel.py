@@ -146,11 +146,8 @@ def test_a_folder_of_other_files_is_not_emptied(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("cuda_plugin")
 def test_a_decoding_step_compiled_for_a_gpu_that_is_not_there(tmp_path):
-    try:
-        offline_gpu.require_plugin()
-    except RealmError as error:
-        pytest.skip(str(error))
     command = [sys.executable, inspect_kernel.__file__, "step", "--layers", "1", "--only", "^attend", "--json"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, env=environment)

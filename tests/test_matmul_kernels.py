@@ -88,7 +88,7 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it():
 def test_turns_of_one_warp_or_of_a_program_each_give_the_bits_of_a_warp_each(name, few_outputs, dtype, monkeypatch):
     monkeypatch.setattr(plan, "FEW_OUTPUTS", few_outputs)
     x, w, _ = product(name, 17, 150, 512 if name == "Q8_0" else 1024, dtype)
-    own = plan.wide(plan.plan(17, dtype, w), w, most=8)
+    own = plan.cut(17, dtype, w)
     assert own.across and own.turns > 1 and own.split == (few_outputs > 0)
     x = x.at[16].multiply(2.0**119)
     quickly_compiled = {"xla_backend_optimization_level": 0}

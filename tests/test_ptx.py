@@ -194,11 +194,8 @@ def test_kernels_of_a_traced_function_are_simulated_and_the_rest_is_computed(mon
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("cuda_plugin")
 def test_a_product_compiled_for_a_gpu_that_is_not_there(tmp_path):
-    try:
-        offline_gpu.require_plugin()
-    except RealmError as error:
-        pytest.skip(str(error))
     sizes = ["--rows", "12", "--outputs", "40", "--inputs", "512", "--out", str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, simulate_kernel.__file__, "matmul", *sizes]

@@ -66,9 +66,8 @@ def assembly(
     addresses: pairs of a ref (or `Chosen`) and a flat place in it (int32, that shape): operands too, before the others,
     as the address of that item ("l"). results: 1, or 4: then they stand next to each other on a last axis, and all
     belong to one thread. arrays: with more than 1 the text has results of so many arrays, which come as a list. pack:
-    neighbours on the last axis that one instance of the text takes, and gives. pure: False
-    for what has effects; it keeps its place among others of the kind, but is left out if nobody wants its result,
-    unless `kept` (not in a loop).
+    neighbours on the last axis that one instance of the text takes, and gives. pure: False for what has effects; it
+    keeps its place among others of the kind, but is left out if nobody wants its result, unless `kept` (not in a loop).
     """
     flat, choices = [], []
     for ref, place in addresses:

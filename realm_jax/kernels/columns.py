@@ -17,7 +17,7 @@ from jax import lax
 from realm_jax.kernels import fragments, pallas
 from realm_jax.kernels.fragments import Fragment
 from realm_jax.kernels.lanes import Codes, halves_of
-from realm_jax.kernels.ring import COPIES, Token, asm, few
+from realm_jax.kernels.ring import COPIES, Token, asm, few, flat_index, shared_array
 
 STAGE_INPUTS = 64
 PIECES = STAGE_INPUTS  # of a tile, in a stage, as items of 16 bytes: 8 inputs of a column each
@@ -49,9 +49,7 @@ class Columns(NamedTuple):
         """The address of the first stage."""
         if pallas.interpreting():
             return None
-        size = nbytes(self.tiles, self.stages, self.mins)
-        text = f"{{ .shared .align 16 .b8 columns[{size}]; .reg .b32 o; mov.u32 o, columns; add.u32 $0, o, $1; }}"
-        return asm(text, ["=r", "r"], jnp.zeros((32 * self.warps,), jnp.int32))
+        return shared_array("columns", nbytes(self.tiles, self.stages, self.mins), 32 * self.warps)
 
     def put(
         self, token: Token | None, number: jax.Array, part: jax.Array, group: jax.Array | None, live: jax.Array
@@ -170,9 +168,7 @@ def nbytes(tiles: int, stages: int, mins: bool) -> int:
 def _copy(token: Token, ref, at: tuple, items: int, tiles: jax.Array, most: int, start: jax.Array) -> Token:
     """Begin to copy so many items of 16 bytes of each of `tiles` tiles, `most` at most, to `start`. at: indices of a
     thread's first item in the ref, which has tiles first."""
-    threads, index = len(token), jnp.zeros_like(token)
-    for i, size in zip(at, ref.shape, strict=True):
-        index = index * size + i
+    threads, index = len(token), flat_index(at, ref.shape)
     tile_bytes = ref.dtype.itemsize * ref.size // ref.shape[0]
     lines = [".reg .b32 to; .reg .pred p; add.u32 to, $0, $4;"]
     for k in range(-(-most * items // threads)):

@@ -122,6 +122,18 @@ def _traced_once(launch: Launch, *operands: jax.Array) -> Any:
     )(*operands)
 
 
+def find_range(number: jax.Array, lengths: Sequence[int], values: Sequence[int]) -> tuple[jax.Array, ...]:
+    """Of ranges of these lengths one after the other: in which one a number is (past the last: in that), its place
+    there, and that one's value."""
+    which, place, value, start = jnp.zeros_like(number), number, jnp.full_like(number, values[0]), 0
+    for i, length in enumerate(lengths[:-1], 1):
+        start += length
+        beyond = number >= start
+        which, place = jnp.where(beyond, i, which), jnp.where(beyond, number - start, place)
+        value = jnp.where(beyond, values[i], value)
+    return which, place, value
+
+
 def barrier() -> None:
     """What a program has stored before it, all its threads load after it."""
     if not _interpreting:

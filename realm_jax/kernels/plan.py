@@ -61,6 +61,11 @@ class Plan(NamedTuple):
         """Whether sums of turns wait in memory for those of later ones."""
         return self.across > 0 and self.turns > 1 and not self.split
 
+    @property
+    def trips(self) -> tuple[int, ...]:
+        """How often the loops of a program run, the outer one first."""
+        return (self.turns, self.steps) if self.waits else (self.steps,)
+
     def group(self, step: jax.Array, turn: jax.Array) -> jax.Array:
         """The group of four units that a turn is at."""
         return step * self.turns + turn
@@ -103,6 +108,12 @@ def wide(narrow: Plan, w: QuantizedTensor, most: int) -> Plan:
     return narrow
 
 
+def cut(rows: int, dtype: jnp.dtype, w: QuantizedTensor, tiles: Tiles | None = None) -> Plan:
+    """How the product of x (rows, K) by w is cut, in either way. tiles: None, what was found best."""
+    tiles = tiles or find(w.format, *w.shape)
+    return wide(plan(rows, dtype, w, tiles), w, tiles.across)
+
+
 def form_of(x: jax.Array, w: QuantizedTensor) -> Form:
     """In which a product by w takes x (..., K)."""
     return plan(math.prod(x.shape[:-1]), x.dtype, w).form(codes.READERS[w.format])
@@ -116,14 +127,7 @@ def grid_of(own: Plan, outputs: tuple[int, ...]) -> tuple[int, int, int]:
 
 def own_rows(outputs: tuple[int, ...], program_rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Which of the weights a program multiplies by, from which row on, and how many rows that has."""
-    program = pallas.program_id(0)
-    which, first, most, start = jnp.int32(0), program, jnp.int32(outputs[0]), 0
-    for number, count in enumerate(outputs[:-1], 1):
-        start += -(-count // program_rows)
-        beyond = program >= start
-        which = jnp.where(beyond, number, which)
-        first = jnp.where(beyond, program - start, first)
-        most = jnp.where(beyond, outputs[number], most)
+    which, first, most = pallas.find_range(pallas.program_id(0), [-(-n // program_rows) for n in outputs], outputs)
     return which, first * program_rows, most
 
 

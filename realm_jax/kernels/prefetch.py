@@ -1,4 +1,5 @@
-"""What is read next, fetched into the GPU's second-level cache while a product ends. Called by `triton_matmul`.
+"""What is read next, fetched into the GPU's second-level cache while a product ends. Called by `triton_matmul` and
+`triton_wide`.
 
 Weights do not depend on activations. So the last programs of a launch, once they have read their own, ask for the first
 rows of the weights that are read next; else memory would idle while this launch ends, small kernels run, and the next
@@ -81,13 +82,7 @@ class Parts(NamedTuple):
 
     def of(self, number: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Part `number`: of which plane, from which byte on, and how many bytes; none past the last or below 0."""
-        which, first, count, start = jnp.zeros_like(number), number, self.counts[0], 0
-        for plane, before in enumerate(self.counts[:-1], 1):
-            start += -(-before // self.size)
-            beyond = number >= start
-            which = jnp.where(beyond, plane, which)
-            first = jnp.where(beyond, number - start, first)
-            count = jnp.where(beyond, self.counts[plane], count)
+        which, first, count = pallas.find_range(number, [-(-n // self.size) for n in self.counts], self.counts)
         first = first * self.size
         return which, first, jnp.where(number < 0, 0, jnp.clip(count - first, 0, self.size))
 

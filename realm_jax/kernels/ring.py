@@ -56,10 +56,15 @@ class Place(NamedTuple):
     @property
     def index(self) -> jax.Array:
         """The place of the first item in the flat ref (P,)."""
-        index = jnp.zeros_like(self.at[0])
-        for i, size in zip(self.at, self.ref.shape, strict=True):
-            index = index * size + i
-        return index
+        return flat_index(self.at, self.ref.shape)
+
+
+def flat_index(at: tuple[jax.Array, ...], shape: tuple[int, ...]) -> jax.Array:
+    """The place in a flat array of what stands at these indices."""
+    index = jnp.zeros_like(at[0])
+    for i, size in zip(at, shape, strict=True):
+        index = index * size + i
+    return index
 
 
 def can_copy(dtype: jnp.dtype, span: int) -> bool:
@@ -84,9 +89,7 @@ class Ring:
         return self.stage_bytes * self.stages
 
     def begin(self) -> Token:
-        zero = jnp.zeros((32 * self.warps,), jnp.int32)
-        text = f"{{ .shared .align 16 .b8 ring[{self.nbytes}]; .reg .b32 o; mov.u32 o, ring; add.u32 $0, o, $1; }}"
-        return asm(text, ["=r", "r"], zero)
+        return shared_array("ring", self.nbytes, 32 * self.warps)
 
     def put(self, token: Token, step: jax.Array, places: list[Place], live: jax.Array) -> Token:
         """Begin to copy what step `step` will read, if `live` (a scalar); one stage with what is put before `commit`,
@@ -120,6 +123,12 @@ class Ring:
 
     def _stage(self, step: jax.Array) -> jax.Array:
         return lax.rem(step, jnp.int32(self.stages)) * self.stage_bytes
+
+
+def shared_array(name: str, nbytes: int, threads: int) -> Token:
+    """The address of so many bytes of shared memory."""
+    text = f"{{ .shared .align 16 .b8 {name}[{nbytes}]; .reg .b32 o; mov.u32 o, {name}; add.u32 $0, o, $1; }}"
+    return asm(text, ["=r", "r"], jnp.zeros((threads,), jnp.int32))
 
 
 def commit(token: Token | None) -> Token | None:
@@ -195,12 +204,10 @@ def _read(address: jax.Array, start: int, place: Place) -> jax.Array:
             text = "ld.shared.v2.b32 {a, b}, [$4];" + halves.format("$0", "$1", "a") + halves.format("$2", "$3", "b")
         case 4, 1:
             text = "ld.shared.b32 a, [$4];" + " ".join(f"bfe.u32 ${i}, a, {8 * i}, 8;" for i in range(4))
-        case 2, 4:
-            text = "ld.shared.v2.b32 {$0, $2}, [$4];" + PAIRS
+        case ((1 | 2), 4):
+            text = few("shared", span, "[$4]")
         case 2, 2:
             text = "ld.shared.b32 a, [$4];" + halves.format("$0", "$2", "a") + PAIRS
-        case 1, 4:
-            text = "ld.shared.b32 a, [$4];" + COPIES
         case 1, 2:
             text = "ld.shared.b32 a, [$4]; shr.u32 a, a, $5; and.b32 a, a, 0xffff;" + COPIES
             operands.append((place.index & 1) << 4)

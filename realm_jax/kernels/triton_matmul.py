@@ -25,7 +25,7 @@ from realm_jax.kernels.ahead import Ahead, matrix_of, place_of_pairs, places_of_
 from realm_jax.kernels.lanes import coordinates, halves_of
 from realm_jax.kernels.mins import add_mins
 from realm_jax.kernels.operand import Prepared, operand_of
-from realm_jax.kernels.plan import Plan, clipped, grid_of, plan, wide
+from realm_jax.kernels.plan import Plan, clipped, cut, grid_of
 from realm_jax.kernels.results import added, shapes, store
 from realm_jax.kernels.ring import Place, read_few
 from realm_jax.kernels.tiles import Tiles, find
@@ -57,14 +57,14 @@ def matmul(
     Of float32 x 22 bits of every number count (fewer of one that is 2^29 times smaller than the largest of its row);
     16-bit x is exact. A row of x that is not finite gives NaN.
     """
-    return _launch(x, [w], _cut(x, w, tiles), then)[0]
+    return _launch(x, [w], cut(math.prod(x.shape[:-1]), x.dtype, w, tiles), then)[0]
 
 
 def matmul_each(
     x: jax.Array | Prepared, weights: Sequence[QuantizedTensor], then: Sequence[jax.Array | QuantizedTensor] = ()
 ) -> list[jax.Array]:
     """`matmul` of x by each of the weights: one launch for those next to each other that can share it."""
-    plans = [_cut(x, w) for w in weights]
+    plans = [cut(math.prod(x.shape[:-1]), x.dtype, w) for w in weights]
     results, together = [], [0]
     for i in range(1, len(weights) + 1):
         if i < len(weights) and _shared(weights[i - 1], plans[i - 1]) == _shared(weights[i], plans[i]) is not None:
@@ -73,11 +73,6 @@ def matmul_each(
             results += _launch(x, [weights[j] for j in together], plans[together[0]], weights[i : i + 1] or then)
             together = [i]
     return results
-
-
-def _cut(x: jax.Array | Prepared, w: QuantizedTensor, tiles: Tiles | None = None) -> Plan:
-    tiles = tiles or find(w.format, *w.shape)
-    return wide(plan(math.prod(x.shape[:-1]), x.dtype, w, tiles), w, tiles.across)
 
 
 def _shared(w: QuantizedTensor, own: Plan) -> tuple | None:
