@@ -134,7 +134,7 @@ def _traced_once(launch: Launch, *operands: jax.Array) -> Any:
 
 
 def overlaps() -> bool:
-    """Whether a kernel traced now lets the next one in early: from Hopper up. RealmError if REALM_OVERLAP is not 0 or 1.
+    """Whether a kernel traced now lets the next one in early: from Hopper up. RealmError if REALM_OVERLAP is no 0 or 1.
 
     The programs of the next launch then take their places as soon as all of this one have theirs, and wait: what
     starting them takes is over when this launch ends. XLA has each kernel begin with that wait, for all that came
