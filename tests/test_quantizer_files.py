@@ -301,7 +301,7 @@ def test_no_more_than_a_stripe_in_float32(tmp_path):
     large = [(f"blk.0.{name}.weight", "F16", (rows, width), lambda: zeros) for name in ("ffn_up", "ffn_gate")]
     write_gguf(tmp_path / "small.gguf", FIELDS, small)
     write_gguf(tmp_path / "large.gguf", FIELDS, large)
-    # glibc keeps what is freed, more of it on a busy machine; with a fixed threshold every array that goes is given back.
+    # glibc keeps what is freed, on a busy machine more; with a fixed threshold every array that goes is given back.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**17)}
     done = subprocess.run(
         [sys.executable, "-c", PEAK, tmp_path / "small.gguf", tmp_path / "large.gguf", tmp_path / "out.gguf"],
