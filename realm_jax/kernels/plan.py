@@ -20,6 +20,7 @@ from realm_jax.quant.tensor import QuantizedTensor
 
 ROWS = 16  # of w, of a warp
 MOST_ROWS = 64  # of x
+LONE_OUTPUTS = 2048  # at most: 128 programs, not one for each multiprocessor of an H100
 WIDE_TILES = 2  # of columns: from so many on warps read x together
 WIDE_SHAPES = (3, 8), (3, 4), (2, 8), (2, 4), (3, 2), (2, 2)  # x_stages and across; the first that fits is taken
 
@@ -83,8 +84,10 @@ def plan(rows: int, dtype: jnp.dtype, w: QuantizedTensor, tiles: Tiles | None = 
     reader = codes.READERS[w.format]
     tiles = tiles or find(w.format, outputs, width)
     groups = -(-reader.units(width) // 4)
-    # Two steps of more warps, where a step reads so much, would not fit in shared memory.
-    turns = min(tiles.warps, 2 if reader.unit > 64 else 16, 1 << groups.bit_length() - 1)
+    # Where a step reads so much, two steps of more warps would not fit in shared memory. But so few programs have all of
+    # it for themselves.
+    most_turns = 16 if reader.unit <= 64 else 8 if outputs <= LONE_OUTPUTS else 2
+    turns = min(tiles.warps, most_turns, 1 << groups.bit_length() - 1)
     pieces = pieces_of(dtype)
     steps, of_x = -(-groups // turns), -(-rows * pieces // 8)
     most = 8 if reader.sub_block == 32 else 2 if reader.offsets else 4  # what its registers hold
