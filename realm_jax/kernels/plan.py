@@ -84,8 +84,8 @@ def plan(rows: int, dtype: jnp.dtype, w: QuantizedTensor, tiles: Tiles | None = 
     reader = codes.READERS[w.format]
     tiles = tiles or find(w.format, outputs, width)
     groups = -(-reader.units(width) // 4)
-    # Where a step reads so much, two steps of more warps would not fit in shared memory. But so few programs have all of
-    # it for themselves.
+    # Where a step reads so much, two steps of more warps would not fit in shared memory; but very few programs have all
+    # of it for themselves.
     most_turns = 16 if reader.unit <= 64 else 8 if outputs <= LONE_OUTPUTS else 2
     turns = min(tiles.warps, most_turns, 1 << groups.bit_length() - 1)
     pieces = pieces_of(dtype)

@@ -97,7 +97,8 @@ def run(
             q_BTHC, cache = layers.rotate_into(cache, i, row_B, write_BT, *new, rotation, halves)
             kv = cache.read(i, rows_B)
         wide = ffn.gate, ffn.up
-        more_BTD = layers.attend(attn, config, q_BTHC, kv, place_BT, first_BT, change.attn, in_attn, then=wide)
+        after = ffn.norm, *wide
+        more_BTD = layers.attend(attn, config, q_BTHC, kv, place_BT, first_BT, change.attn, in_attn, then=after)
         x_BTD, normed_BTD = layers.add_norm(x_BTD, more_BTD, ffn.norm, config.norm_eps, wide)
         return x_BTD, layers.feed_forward(ffn, normed_BTD, change.ffn, in_ffn, then), cache
 
@@ -140,11 +141,11 @@ def unembed(
 
 
 def _read_after(params: Params, i: int) -> tuple[Weight, ...]:
-    """The weights that a step multiplies by first after layer i: of the next layer, or for the logits."""
+    """The weights that a step reads first after layer i: of the next layer, or for the logits."""
     if i + 1 < len(params.layers):
         attn = params.layers[i + 1].attn
-        return attn.q, attn.k  # without v, whose format is often another: each makes one more kernel to compile
-    return (params.embedding if params.output is None else params.output,)
+        return attn.norm, attn.q, attn.k  # not v: its format is often another, and one more kernel to compile
+    return params.norm, params.embedding if params.output is None else params.output
 
 
 def _observe_within(observe: Observe | None, *path: str | int) -> layers.Observe | None:
