@@ -11,12 +11,17 @@ Compiling is timed twice: with an empty cache on disk, and again, with nothing i
 Time by kernel comes from a profile of one more call; while a profiler runs XLA may launch kernels one by one that
 otherwise stand in a CUDA graph (`--xla_enable_command_buffers_during_profiling` in XLA_FLAGS keeps the graphs).
 
+Decoding is timed with each of `environments` in turn: what a switch of the kernels brings, on one card in one run.
+
 results.md has the tables, results.json the numbers, decode_speed.png the plot.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import os
+import re
 import sys
 import tempfile
 import time
@@ -30,7 +35,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
-from decode_speed_report import plot_speed, results
+from decode_speed_report import named, plot_speed, results
 from kernel_times import kernel_times
 from random_model import model_formats, random_model, shape_config
 from realm_jax import speed
@@ -62,6 +67,7 @@ class DecodeSpeedConfig:
     arithmetic: Literal["float", "int8"] = "float"
     matmul: str = "auto"
     attention: str = "auto"
+    environments: tuple[str, ...] = ("",)
     compile_twice: bool = True
     profile: bool = True
     seed: int = 0
@@ -77,10 +83,21 @@ class DecodeSpeedConfig:
             raise RealmError(f"matmul: {self.matmul!r} is none; one of auto, {', '.join(MATMUL)}")
         if self.attention not in ("auto", *ATTENTION):
             raise RealmError(f"attention: {self.attention!r} is none; one of auto, {', '.join(ATTENTION)}")
+        for text in self.environments:
+            variables(text)
         if self.model is None:
             sizes = shape_config(self.shape, self.layers)
             for mix in self.mixes:
                 model_formats(sizes, mix)
+
+
+def variables(text: str) -> dict[str, str]:
+    """ "A=1 B=2" as a table. RealmError for anything else, and for names that this package does not read."""
+    pairs = [part.partition("=") for part in text.split()]
+    for name, equals, _ in pairs:
+        if not equals or not name.startswith("REALM_"):
+            raise RealmError(f'environments: {text!r}: want names that begin with REALM_, as in "REALM_OVERLAP=0"')
+    return {name: value for name, _, value in pairs}
 
 
 def main(config: DecodeSpeedConfig, run: Run) -> None:
@@ -96,8 +113,10 @@ def main(config: DecodeSpeedConfig, run: Run) -> None:
             model = make_model(config, mix)
             console.print(f"{model!r}: ready in {time.perf_counter() - started:.1f} s")
             for line in measure(model, config, ceiling, profiles, run.folder / "profiles", mix):
-                run.log(mix=mix, **line)
-                console.print(f"{mix} {line['kind']}, batch {line['batch']}: {line['tokens_per_second']:,.1f} tokens/s")
+                line = {"mix": mix, **line}
+                run.log(**line)
+                what = f"{named(line)} {line['kind']}, batch {line['batch']}"
+                console.print(f"{what}: {line['tokens_per_second']:,.1f} tokens/s")
             del model
     about = describe(config, ceiling)
     run.save_json("results.json", {"about": about, "read_bytes_per_second": ceiling, "lines": run.metrics()})
@@ -123,22 +142,25 @@ def measure(
     if config.prompt_tokens:
         tokens, rows = config.prompt_tokens, config.prompt_batch
         timing = speed.time_prefill(model, rows, tokens, config.repeats, chunk=config.chunk, **types)
-        yield {"kind": "prefill", "batch": rows, "impl": ran_on(model, rows * min(config.chunk, tokens))[1],
-               **as_line(timing)}  # fmt: skip
-    for batch in config.batches:
+        impl = ran_on(model, rows * min(config.chunk, tokens))[1]
+        yield {"kind": "prefill", "batch": rows, "environment": "", "impl": impl, **as_line(timing)}
+    for batch, environment in itertools.product(config.batches, config.environments):
         with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.dict(os.environ, variables(environment)))
+            jax.clear_caches()  # variables are read while a product is traced
             if config.compile_twice:
                 stack.enter_context(empty_cache())
             around = None
             if config.profile:
-                around = profiler(folder / f"{mix}-{batch}", profiles, f"{mix}, batch {batch}", config.steps)
+                name = ", ".join(filter(None, (mix, f"batch {batch}", environment)))
+                around = profiler(folder / re.sub(r"\W+", "-", name), profiles, name, config.steps)
             timing = speed.time_decode(
                 model, batch, config.context, config.steps, config.repeats, around=around, **types
             )
             warm = warm_start(model, batch, config, types) if config.compile_twice else None
         step_bytes = speed.step_bytes(model, batch, config.context, config.steps, config.cache)
-        yield {"kind": "decode", "batch": batch, "impl": ran_on(model, batch)[1], **as_line(timing),
-               "step_seconds": timing.median / config.steps, "step_bytes": step_bytes,
+        yield {"kind": "decode", "batch": batch, "environment": environment, "impl": ran_on(model, batch)[1],
+               **as_line(timing), "step_seconds": timing.median / config.steps, "step_bytes": step_bytes,
                "weight_bytes": speed.weight_bytes(model.params, batch),
                "floor_tokens_per_second": batch * ceiling / step_bytes,
                "share_of_floor": step_bytes / ceiling * config.steps / timing.median,

@@ -31,7 +31,7 @@ def decode_table(lines: list[Line]) -> str:
               "compile, s", "from the cache, s"]  # fmt: skip
     rows = [
         [
-            one["mix"], str(one["batch"]), spread(one), f"{1e3 * one['step_seconds']:.3f}",
+            named(one), str(one["batch"]), spread(one), f"{1e3 * one['step_seconds']:.3f}",
             f"{one['step_bytes'] / 1e9:.3f}", f"{one['floor_tokens_per_second']:,.0f}", f"{one['share_of_floor']:.1%}",
             one["impl"], f"{one['compile_seconds']:.1f}",
             "" if one["warm_start_seconds"] is None else f"{one['warm_start_seconds']:.1f}",
@@ -59,6 +59,11 @@ def kernel_table(name: str, profile: dict[str, Any]) -> str:
     return f"{name}, by kernel:\n\n{markdown_table(['kernel', 'launches a step', 'us a step', 'share'], rows)}"
 
 
+def named(line: Line) -> str:
+    """The mix, and the environment if it is a special one."""
+    return f"{line['mix']} {line['environment']}".rstrip()
+
+
 def spread(line: Line) -> str:
     """Tokens a second: the median, with those of the slowest and the quickest repeat."""
     slow, quick = (line["tokens"] / seconds for seconds in (max(line["seconds"]), min(line["seconds"])))
@@ -70,8 +75,8 @@ def plot_speed(path: Path, lines: list[Line]) -> Path:
     figure = new_figure()
     axes = figure.add_subplot()
     decoded = [line for line in lines if line["kind"] == "decode"]
-    for i, mix in enumerate(dict.fromkeys(line["mix"] for line in decoded)):
-        own = [line for line in decoded if line["mix"] == mix]
+    for i, mix in enumerate(dict.fromkeys(map(named, decoded))):
+        own = [line for line in decoded if named(line) == mix]
         batches = [line["batch"] for line in own]
         axes.plot(batches, [line["tokens_per_second"] for line in own], "o-", color=f"C{i}", label=mix)
         axes.plot(batches, [line["floor_tokens_per_second"] for line in own], "--", color=f"C{i}", alpha=0.6)
