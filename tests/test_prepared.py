@@ -49,8 +49,7 @@ def test_one_launch_has_the_bits_of_two(dtype):
     product, operand = triton_gate.gated(x, more, form=form)
     same(operand, prepare(product, form))
     exact = np.asarray(x, np.float64) / (1 + np.exp(-np.asarray(x, np.float64))) * np.asarray(more, np.float64)
-    rtol = max(1.01 * jnp.finfo(dtype).eps, 1e-6)  # exp is not exact
-    np.testing.assert_allclose(product.astype(jnp.float32), exact, rtol=rtol, atol=1e-7)
+    np.testing.assert_allclose(product.astype(jnp.float32), exact, rtol=1.01 * jnp.finfo(dtype).eps, atol=1e-7)
 
 
 def launches(name: str, function) -> int:

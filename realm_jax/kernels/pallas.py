@@ -64,6 +64,11 @@ def capability() -> str:
     return min(known, key=lambda found: tuple(map(int, found.split("."))), default=OLDEST)
 
 
+def from_hopper() -> bool:
+    """Whether the GPU that is traced for is of compute capability 9.0 or later."""
+    return int(capability().partition(".")[0]) >= 9
+
+
 def call(
     body: Callable[..., None],
     operands: Sequence[jax.Array],
@@ -144,7 +149,7 @@ def overlaps() -> bool:
     text = os.environ.get(OVERLAP, "")
     if text not in ("", "0", "1"):
         raise RealmError(f"{OVERLAP} is {text!r:.20}; want 0 or 1")
-    return not _interpreting and text != "0" and int(capability().partition(".")[0]) >= 9
+    return not _interpreting and text != "0" and from_hopper()
 
 
 def _let_next_in(warps: int) -> None:

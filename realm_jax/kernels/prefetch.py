@@ -46,8 +46,7 @@ def request(weights: Sequence[jax.Array | QuantizedTensor]) -> tuple[list[jax.Ar
         return [], Request()
     if not (found := first_rows(weights, most_bytes())):
         return [], Request()
-    bulk = int(pallas.capability().partition(".")[0]) >= 9
-    return [plane for plane, _ in found], Request(tuple(count for _, count in found), bulk)
+    return [plane for plane, _ in found], Request(tuple(count for _, count in found), bulk=pallas.from_hopper())
 
 
 def most_bytes() -> int:
