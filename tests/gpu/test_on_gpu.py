@@ -90,7 +90,7 @@ def test_an_adapter_that_adds_zero_changes_no_bit(dora):
 def test_rows_with_different_adapters_give_what_each_gives_alone():
     model = realm.load()
     adapters = [None, random_adapter(model, 1), random_adapter(model, 2, rank=7, dora=True)]
-    tokens = jnp.array([TOKENS] * 3, jnp.int32)
+    tokens = jnp.array([TOKENS[:20]] * 3, jnp.int32)  # together and alone few enough rows for one kernel
     mixed = realm.forward(model, tokens, adapter=lora.stack(adapters[1:], model), adapter_index=[0, 1, 2])
     for row, adapter in zip(mixed, adapters, strict=True):
         assert nmse(row, realm.forward(model, tokens[:1], adapter=adapter)[0]) < 1e-10
