@@ -13,18 +13,23 @@ from realm_jax.kernels import codes, pallas
 from realm_jax.kernels.assembly import chosen
 from realm_jax.kernels.lanes import Codes, Lane, Reader, coordinates, places
 from realm_jax.kernels.plan import ROWS, Plan, own_rows
-from realm_jax.kernels.ring import Place, Ring, Slots, Token, commit, read_now, together
+from realm_jax.kernels.ring import MOST_BYTES, Place, Ring, Slots, Token, commit, read_now, together
 
 
 class Ahead:
     """What steps read, put in a ring ahead of time. In the interpreter w is read when it is wanted."""
 
     def __init__(
-        self, places: Callable[[jax.Array], list[list[Place | None]]], warps: int, steps: int, stages: int
+        self,
+        places: Callable[[jax.Array], list[list[Place | None]]],
+        warps: int,
+        steps: int,
+        stages: int,
+        most_bytes: int = MOST_BYTES,
     ) -> None:
         self.places, self.steps = places, steps
         copied = [] if pallas.interpreting() else self._copied(jnp.int32(0))
-        self.ring = Ring(copied, warps, stages) if copied else None
+        self.ring = Ring(copied, warps, stages, most_bytes) if copied else None
         self.ahead = 0 if self.ring is None else self.ring.stages - 1
 
     def _copied(self, step: jax.Array) -> list[Place]:

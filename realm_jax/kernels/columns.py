@@ -2,8 +2,8 @@
 `triton_wide`.
 
 A *stage* is what is read between two barriers: STAGE_INPUTS inputs of all columns of the program. While the warps are
-at one, the next one or two are on their way. Where `mins` want them, the sums of a group come with its last stage;
-they have one place, since a group has four stages then. The interpreter copies nothing, and reads where it would.
+at one, the next few are on their way. Where `mins` want them, the sums of a group come with its last stage. The
+interpreter copies nothing, and reads where it would.
 Source: PTX ISA, "cp.async".
 """
 
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from realm_jax.kernels import fragments, pallas
+from realm_jax.kernels import fragments, operand, pallas
 from realm_jax.kernels.fragments import Fragment
 from realm_jax.kernels.lanes import Codes, halves_of
 from realm_jax.kernels.ring import COPIES, Token, asm, few, flat_index, shared_array
@@ -22,12 +22,15 @@ from realm_jax.kernels.ring import COPIES, Token, asm, few, flat_index, shared_a
 STAGE_INPUTS = 64
 PIECES = STAGE_INPUTS  # of a tile, in a stage, as items of 16 bytes: 8 inputs of a column each
 SUMS = 16  # likewise, of a group: 2 words for each lane, where a row has one piece
+SUMS_PLACES = 2  # groups whose sums are there at a time
+GROUP_STAGES = 4  # of a group of 256 inputs, which `mins` are of
 
 
 class Columns(NamedTuple):
     """`tiles` tiles of x from `first` on, or as many as there are, for the warps of a program.
 
     pieces_ref, sums_ref: of an Operand. mins: whether sums are copied. pieces: columns of a row. warps: an even number.
+    grouped: whether four warps multiply together, and how x lies (see `operand.Form`).
     """
 
     pieces_ref: jax.Array
@@ -38,6 +41,7 @@ class Columns(NamedTuple):
     pieces: int
     stages: int
     warps: int
+    grouped: bool
 
     def zero(self) -> Fragment:
         """See `fragments.zeros`."""
@@ -69,11 +73,12 @@ class Columns(NamedTuple):
         items = SUMS // self.pieces
         tile, item = self.first + thread // items, thread % items
         at = tile, jnp.broadcast_to(group, item.shape), 32 // items * item, jnp.zeros_like(item)
-        return _copy(token, self.sums_ref, at, items, tiles, self.tiles, jnp.int32(self._sums))
+        return _copy(token, self.sums_ref, at, items, tiles, self.tiles, self._sums(number))
 
     def wait(self, token: Token | None) -> Token | None:
         """For all warps, and until the stage before the newest is there."""
-        text = f"cp.async.wait_group {self.stages - 2}; bar.sync 0;"
+        seen = "fence.proxy.async.shared::cta; " if self.grouped else ""  # by what multiplies, for four warps together
+        text = f"cp.async.wait_group {self.stages - 2}; {seen}bar.sync 0;"
         return None if token is None else asm(text, ["=r", "0"], token, pure=False)
 
     def at(self, token: Token | None, number: jax.Array, part: jax.Array, group: jax.Array) -> "Stage":
@@ -82,13 +87,14 @@ class Columns(NamedTuple):
             return Stage(self, None, None, part, group)
         lane = self._thread() % 32
         text = f"{{ .reg .b32 a; add.u32 a, $4, $5; {COPIES} }}"
-        address = asm(text, ["=&r"] * 4 + ["r"] * 2, token, self._start(number) + 16 * lane, results=4)
-        return Stage(self, address, token + self._sums + 16 * SUMS // self.pieces // 32 * lane, part, group)
+        start = self._start(number) + (0 * lane if self.grouped else 16 * lane)
+        address = asm(text, ["=&r"] * 4 + ["r"] * 2, token, start, results=4)
+        return Stage(self, address, token + self._sums(number) + 16 * SUMS // self.pieces // 32 * lane, part, group)
 
-    @property
-    def _sums(self) -> int:
-        """Where they are: after the stages."""
-        return 16 * self.stages * PIECES * self.tiles
+    def _sums(self, number: jax.Array) -> jax.Array:
+        """Where those of the group are that a stage is of: after the stages."""
+        place = lax.rem(lax.div(number, jnp.int32(GROUP_STAGES)), jnp.int32(SUMS_PLACES))
+        return 16 * self.tiles * (self.stages * PIECES + place * SUMS)
 
     def _start(self, number: jax.Array) -> jax.Array:
         return lax.rem(number, jnp.int32(self.stages)) * (16 * PIECES * self.tiles)
@@ -98,8 +104,8 @@ class Columns(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """A stage that is there. pieces, sums: addresses of a lane's own; None in the interpreter. part, group: see
-    `Columns.put`."""
+    """A stage that is there. pieces, sums: addresses of a lane's own (pieces: of all, where warps multiply together);
+    None in the interpreter. part, group: see `Columns.put`."""
 
     of: Columns
     pieces: Fragment | None
@@ -120,13 +126,17 @@ class Stage(NamedTuple):
         if self.pieces is not None:
             words = list(zip(rows[0].words[own], rows[1].words[own], strict=True))
             raised = (rows[0].raised or (0,) * len(rows[0].words))[own]
-            offsets = [16 * (PIECES * tile + 32 * block) + 8 * half for tile in range(len(totals))]
-            return fragments.add_products(totals, words, zero, raised, self.pieces, offsets, scales, unit)
+            within = 2 * fragments.MATRIX_BYTES * half if self.of.grouped else 8 * half
+            offsets = [16 * (PIECES * tile + 32 * block) + within for tile in range(len(totals))]
+            return fragments.add_products(
+                totals, words, zero, raised, self.pieces, offsets, scales, unit, self.of.grouped
+            )
         low, high = (halves_of(row, zero)[own] for row in rows)
         found = []
         for tile, total in enumerate(totals):
             lane, item = self._thread() % 32, lax.broadcasted_iota(jnp.int32, total.shape, 1)
-            pieces = self._load(self.of.pieces_ref, tile, self.part * (STAGE_INPUTS // 32) + block, lane, item)
+            at = operand.place(lane // 4, lane % 4, item, self.of.grouped)
+            pieces = self._load(self.of.pieces_ref, tile, self.part * (STAGE_INPUTS // 32) + block, *at)
             dot = jnp.zeros_like(total)
             for i in range(count):
                 a = low[i][0], high[i][0], low[i][1], high[i][1]
@@ -162,7 +172,7 @@ class Stage(NamedTuple):
 
 def nbytes(tiles: int, stages: int, mins: bool) -> int:
     """Of shared memory."""
-    return 16 * tiles * (stages * PIECES + (SUMS if mins else 0))
+    return 16 * tiles * (stages * PIECES + (SUMS_PLACES * SUMS if mins else 0))
 
 
 def _copy(token: Token, ref, at: tuple, items: int, tiles: jax.Array, most: int, start: jax.Array) -> Token:

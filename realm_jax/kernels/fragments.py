@@ -94,6 +94,7 @@ def add_scaled(sums: Fragment, low: Fragment, high: Fragment, total: Fragment, u
     return asm(text, ["=&f"] * 4 + ["f"] * 16, jnp.float32, sums, low, high, total)
 
 
+MATRIX_BYTES = 128  # eight columns by eight inputs of float16
 TOGETHER = 4  # tiles whose instructions alternate, so that none waits for the one before it
 
 
@@ -106,18 +107,21 @@ def add_products(
     offsets: Sequence[int],
     scales: tuple[Fragment, Fragment],
     unit: int,
+    grouped: bool,
 ) -> list[Fragment]:
     """`add_scaled` to each of the totals of the products of a sub-block: of words of rows g and g + 8, for one or two
     16 of weights, by x in shared memory, at `address` and so many bytes after it. Not for the interpreter.
 
     words, zero, raised: as `lanes.halves_of` has them. Item `unit` of them and of the scales counts. This is one
-    assembly so that codes are unpacked where they are wanted, and not all of a step before.
+    assembly so that codes are unpacked where they are wanted, and not all of a step before. grouped: whether four warps
+    multiply together (Hopper; `wgmma.mma_async`), by x as a grouped `operand.Form` has it.
     """
     many, pairs = len(totals), [word for both in words for word in both]
     first = 4 * many  # of the operands after the results: the address, the totals, words, scales
     word_at, scale_at = 2 * first + 4, 2 * first + 4 + 4 * len(pairs)
     names = [f"a{4 * i + j}" for i in range(len(words)) for j in range(4)]
-    text = f"{{ .reg .f32 c<{4 * TOGETHER}>; .reg .b32 b<{4 * TOGETHER}>, t, f, z, {', '.join(names)};\n"
+    sums = first if grouped else 4 * TOGETHER
+    text = f"{{ .reg .f32 c<{sums}>; .reg .b32 b<{4 * TOGETHER}>, t, f, z, {', '.join(names)};\n"
     for i, up in enumerate(raised):
         text += _constants(zero, up) if zero else ""
         for row in range(2):
@@ -125,17 +129,12 @@ def add_products(
             word = f"${word_at + 4 * (2 * i + row) + unit}"
             text += f"and.b32 {low}, {word}, 0x00FF00FF; shr.u32 t, {word}, 8; and.b32 {high}, t, 0x00FF00FF;\n"
             text += "".join(_subtracted(half, half, up) for half in (low, high)) if zero else ""
-    for start in range(0, many, TOGETHER):
-        tiles = range(start, min(many, start + TOGETHER))
-        for j, tile in enumerate(tiles):
-            read = ", ".join(f"b{4 * j + i}" for i in range(2 * len(words)))
-            text += f"ld.shared.v{2 * len(words)}.b32 {{{read}}}, [${first} + {offsets[tile]}];"
-            text += "".join(f"mov.f32 c{4 * j + i}, 0f00000000;" for i in range(4))
-        for i in range(len(words)):
-            for j in range(len(tiles)):
-                sums = ", ".join(f"c{4 * j + k}" for k in range(4))
-                left, right = ", ".join(names[4 * i : 4 * i + 4]), f"b{4 * j + 2 * i}, b{4 * j + 2 * i + 1}"
-                text += f"{MMA} {{{sums}}}, {{{left}}}, {{{right}}}, {{{sums}}};\n"
+    lefts = [", ".join(names[4 * i : 4 * i + 4]) for i in range(len(words))]
+    step = many if grouped else TOGETHER
+    for start in range(0, many, step):
+        tiles = range(start, min(many, start + step))
+        multiply = _grouped_products if grouped else _products
+        text += multiply(lefts, f"${first}", [offsets[tile] for tile in tiles])
         for j, tile in enumerate(tiles):
             for i in range(4):
                 total = f"${4 * tile + i}"
@@ -145,6 +144,35 @@ def add_products(
     shape, options = pallas.Shape(totals[0].shape, jnp.float32), {"pack": 4, "pure": False, "arrays": many}
     found = assembly(text + " }", constraints, shape, *operands, **options)
     return [found] if many == 1 else found
+
+
+def _products(lefts: Sequence[str], address: str, offsets: Sequence[int]) -> str:
+    """Sums c0, c1, ... of a few tiles of x, by `mma`."""
+    text = ""
+    for j, offset in enumerate(offsets):
+        read = ", ".join(f"b{4 * j + i}" for i in range(2 * len(lefts)))
+        text += f"ld.shared.v{2 * len(lefts)}.b32 {{{read}}}, [{address} + {offset}];"
+        text += "".join(f"mov.f32 c{4 * j + i}, 0f00000000;" for i in range(4))
+    for i, left in enumerate(lefts):
+        for j in range(len(offsets)):
+            sums = ", ".join(f"c{4 * j + k}" for k in range(4))
+            text += f"{MMA} {{{sums}}}, {{{left}}}, {{b{4 * j + 2 * i}, b{4 * j + 2 * i + 1}}}, {{{sums}}};\n"
+    return text
+
+
+def _grouped_products(lefts: Sequence[str], address: str, offsets: Sequence[int]) -> str:
+    """The same by four warps together, which read x where it lies: sixteens of inputs follow each other, each as two
+    matrices of eight columns by eight inputs."""
+    apart = offsets[1] - offsets[0] if len(offsets) > 1 else 0
+    where = (MATRIX_BYTES >> 4) << 16 | (apart >> 4) << 32
+    sums = ", ".join(f"c{i}" for i in range(4 * len(offsets)))
+    text = f"""{{ .reg .b64 at, x; .reg .pred more; shr.u32 t, {address}, 4; cvt.u64.u32 at, t;
+        add.u64 at, at, {where + (offsets[0] >> 4)}; setp.ne.b32 more, 0, 0; wgmma.fence.sync.aligned;\n"""
+    for i, left in enumerate(lefts):
+        text += f"add.u64 x, at, {2 * MATRIX_BYTES * i >> 4}; setp.eq.b32 more, {i}, 1;"
+        text += f"wgmma.mma_async.sync.aligned.m64n{8 * len(offsets)}k16.f32.f16.f16 {{{sums}}}, {{{left}}}, x, more, "
+        text += "1, 1, 0;\n"
+    return text + "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; }\n"
 
 
 def by_column(even: Fragment, odd: Fragment, unit: int) -> Fragment:

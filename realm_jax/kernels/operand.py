@@ -23,7 +23,7 @@ SUM_SCALE = 2.0**19  # float16 holds sums of a sub-block times this
 class Form(NamedTuple):
     """What is wanted of x. pieces: columns that a row takes, 1 or 2. tiles: of columns. blocks: of 32 inputs, zeros
     after the last. unit, sub_block: the sums of each sub-block of so many inputs, by its place in a unit of so many;
-    0: those of 32 inputs, as pairs.
+    0: those of 32 inputs, as pairs. grouped: whether four warps multiply by it together, see `place`.
     """
 
     pieces: int
@@ -31,6 +31,7 @@ class Form(NamedTuple):
     blocks: int
     unit: int = 0
     sub_block: int = 0
+    grouped: bool = False
 
     @property
     def rows_of_tile(self) -> int:
@@ -50,7 +51,7 @@ class Form(NamedTuple):
 class Operand(NamedTuple):
     """x as the kernel reads it.
 
-    pieces (tiles, blocks, 32, 4) int32: for each 32 inputs what a lane wants, as float16 pairs. sums (tiles, 8,
+    pieces (tiles, blocks, 32, 4) int32: for each 32 inputs float16 pairs, where `place` says. sums (tiles, 8,
     sub-blocks of a unit, units) float32: of the inputs of a sub-block, times 2^-24; or, as pairs, (tiles, groups, 32,
     3 - pieces) int32: for each 256 inputs the sums of two sub-blocks that lane 4 g + t wants of column g, number t of
     four, times SUM_SCALE, as float16, and in the next item (of second pieces: in place of it) what that leaves, 2^11
@@ -116,6 +117,14 @@ def shapes(form: Form) -> tuple[pallas.Shape, ...]:
     )
 
 
+def place(column: jax.Array, t: jax.Array, item: jax.Array, grouped: bool) -> tuple[jax.Array, jax.Array]:
+    """Where in the last two axes of pieces the item stands that lane 4 column + t wants: beside its others, or, for
+    warps that multiply together, beside those of the other lanes of its column: so matrices of eight columns by eight
+    inputs follow each other, a column's inputs next to each other (PTX ISA, "wgmma", shared memory without swizzling).
+    """
+    return (8 * item + column, t) if grouped else (4 * column + t, item)
+
+
 def warps(width: int) -> int:
     """Of a program with a row so wide. The order of its sums follows from it: the same for all kernels that `write`."""
     return 8 if width <= 8192 else 16
@@ -147,8 +156,7 @@ def write(x_ref, pieces_ref, sums_ref, back_ref, *, form: Form) -> None:
     first = 32 * block + 16 * k + 4 * t + pair  # inputs 0 and 2, and 1 and 3, of four: as bytes of a word are masked
     for piece in range(own.pieces):
         word = _pair(*(_pieces(read(first + 2 * position) * up)[piece] for position in range(2)))
-        lane = 4 * (column + piece) + t
-        at = jnp.broadcast_to(tile, i.shape), block, lane, 2 * k + pair
+        at = jnp.broadcast_to(tile, i.shape), block, *place(column + piece, t, 2 * k + pair, form.grouped)
         pallas.store(pieces_ref.at[at], word, mask=block < blocks)
 
     def sums(number: jax.Array, size: int) -> jax.Array:

@@ -69,6 +69,12 @@ def from_hopper() -> bool:
     return int(capability().partition(".")[0]) >= 9
 
 
+def multiprocessors() -> int:
+    """How many the GPU that is traced for has; those of an H100 where that is not known."""
+    devices = jax.config.jax_default_device, *jax.devices()
+    return next((count for device in devices if (count := getattr(device, "core_count", None))), 132)
+
+
 def call(
     body: Callable[..., None],
     operands: Sequence[jax.Array],

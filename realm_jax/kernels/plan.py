@@ -23,6 +23,8 @@ MOST_ROWS = 64  # of x
 LONE_OUTPUTS = 2048  # at most: 128 programs, not one for each multiprocessor of an H100
 WIDE_TILES = 2  # of columns: from so many on warps read x together
 WIDE_SHAPES = (3, 8), (3, 4), (2, 8), (2, 4), (3, 2), (2, 2)  # x_stages and across; the first that fits is taken
+GROUPED_SHAPES = (6, 16), (5, 16), (6, 8), (5, 8), (3, 8), (6, 4), (3, 4)  # likewise, where four warps multiply together
+GROUPED_BYTES = 200 * 1024  # of shared memory of a program then: it runs alone
 
 
 class Plan(NamedTuple):
@@ -31,7 +33,8 @@ class Plan(NamedTuple):
     rows, width, outputs: M, K, N. pieces: columns that a row of x takes. turns: in which a row is summed, `steps` times
     a group of four units each. tiles: of eight columns. program_tiles: of a program. stages: steps that a warp reads
     ahead, with the one it is at; fewer, if they do not fit. across: 0, or how many warps of a program have ROWS rows of
-    w each, for all turns; then, x_stages: of `Columns`. split: whether each turn is a program of its own.
+    w each, for all turns; then, x_stages: of `Columns`. split: whether each turn is a program of its own. grouped:
+    whether four warps multiply together.
     """
 
     rows: int
@@ -46,6 +49,7 @@ class Plan(NamedTuple):
     across: int = 0
     x_stages: int = 0
     split: bool = False
+    grouped: bool = False
 
     @property
     def warps(self) -> int:
@@ -75,7 +79,7 @@ class Plan(NamedTuple):
         """What is wanted of x; the same for most formats, and then prepared once."""
         blocks = self.steps * self.turns * 4 * reader.unit // 32
         sums = (reader.unit, reader.sub_block) if reader.offsets else ()
-        return Form(self.pieces, self.tiles, blocks, *sums)
+        return Form(self.pieces, self.tiles, blocks, *sums, grouped=self.grouped)
 
 
 def plan(rows: int, dtype: jnp.dtype, w: QuantizedTensor, tiles: Tiles | None = None) -> Plan:
@@ -97,18 +101,30 @@ def plan(rows: int, dtype: jnp.dtype, w: QuantizedTensor, tiles: Tiles | None = 
 def wide(narrow: Plan, w: QuantizedTensor, most: int) -> Plan:
     """The same sums by warps that have rows of their own and read x together, `most` of them in a program; `narrow`
     again, where that cannot be."""
-    reader = codes.READERS[w.format]
+    reader, grouped = codes.READERS[w.format], pallas.from_hopper()
     tiles = min(narrow.tiles, 2 if reader.offsets and reader.sub_block == 16 else 8)
     step_bytes = 4 * reader.unit * ROWS * w.nbytes / w.size
-    for x_stages, across in WIDE_SHAPES:
+    if not grouped or reader.unit > 64:  # with 16 a thread has 128 registers
+        most = min(most, 8)
+    for x_stages, across in GROUPED_SHAPES if grouped else WIDE_SHAPES:
         # What is put of w comes with the newest stage of x.
         stages = -(-(x_stages - 1) * columns.STAGE_INPUTS // (4 * reader.unit))
         needed = across * stages * step_bytes + columns.nbytes(tiles, x_stages, reader.mins)
-        if narrow.tiles >= WIDE_TILES and across <= most and needed <= MOST_BYTES:
+        fits = needed <= (GROUPED_BYTES if grouped else MOST_BYTES)
+        if narrow.tiles >= WIDE_TILES and across <= most and fits:
             split = narrow.turns > 1 and narrow.outputs <= FEW_OUTPUTS
-            own = {"stages": stages, "across": across, "x_stages": x_stages, "split": split}
+            own = {"stages": stages, "across": across, "x_stages": x_stages, "split": split, "grouped": grouped}
             return narrow._replace(program_tiles=tiles, **own)
     return narrow
+
+
+def balanced(own: Plan, outputs: tuple[int, ...]) -> Plan:
+    """The plan of a launch that multiplies by weights of so many outputs: fewer warps a program, if then the
+    multiprocessor that has the most to do has less. The sums, and how x is wanted, are the same."""
+    if not own.grouped:
+        return own
+    choices = [own._replace(across=across) for across in (16, 8, 4) if across <= own.across]
+    return min(choices, key=lambda p: -(-math.prod(grid_of(p, outputs)) // pallas.multiprocessors()) * p.across)
 
 
 def cut(rows: int, dtype: jnp.dtype, w: QuantizedTensor, tiles: Tiles | None = None) -> Plan:
@@ -119,7 +135,7 @@ def cut(rows: int, dtype: jnp.dtype, w: QuantizedTensor, tiles: Tiles | None = N
 
 def form_of(x: jax.Array, w: QuantizedTensor) -> Form:
     """In which a product by w takes x (..., K)."""
-    return plan(math.prod(x.shape[:-1]), x.dtype, w).form(codes.READERS[w.format])
+    return cut(math.prod(x.shape[:-1]), x.dtype, w).form(codes.READERS[w.format])
 
 
 def grid_of(own: Plan, outputs: tuple[int, ...]) -> tuple[int, int, int]:

@@ -44,7 +44,7 @@ ALLOWED = {
     "warps": ((1, 2, 4, 8, 16), "1, 2, 4, 8 or 16"),
     "stages": (range(2, 7), "2 to 6"),
     "most_rows": (range(64, 257), "64 to 256"),
-    "across": ((0, 2, 4, 8), "0, 2, 4 or 8"),
+    "across": ((0, 2, 4, 8, 16), "0, 2, 4, 8 or 16"),
 }
 Table = dict[str, dict[str, dict[str, Tiles]]]  # device kind -> format -> class of shape
 
@@ -63,7 +63,7 @@ def find(format: str, outputs: int, inputs: int) -> Tiles:
 
 def rule(outputs: int) -> Tiles:
     """The tile sizes of what no file names."""
-    return Tiles(8 if outputs <= FEW_OUTPUTS else 4, 2, 64, 8)
+    return Tiles(8 if outputs <= FEW_OUTPUTS else 4, 2, 64, 16)
 
 
 def shape_class(outputs: int, inputs: int) -> str:

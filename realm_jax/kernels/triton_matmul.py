@@ -25,7 +25,7 @@ from realm_jax.kernels.ahead import Ahead, matrix_of, place_of_pairs, places_of_
 from realm_jax.kernels.lanes import coordinates, halves_of
 from realm_jax.kernels.mins import add_mins
 from realm_jax.kernels.operand import Prepared, operand_of
-from realm_jax.kernels.plan import Plan, clipped, cut, grid_of
+from realm_jax.kernels.plan import Plan, balanced, clipped, cut, grid_of
 from realm_jax.kernels.results import added, shapes, store
 from realm_jax.kernels.ring import Place, read_few
 from realm_jax.kernels.tiles import Tiles, find
@@ -97,6 +97,7 @@ def _launch(
     later, asked = prefetch.request(then)
     operands = [*later, *prepared, *planes, *([] if reader.grid is None else [jnp.asarray(reader.grid())])]
     outputs = tuple(w.shape[0] for w in weights)
+    own = balanced(own, outputs)
     kernel = triton_wide.kernel if own.across else _kernel
     results = pallas.call(
         functools.partial(kernel, own=own, format=format, outputs=outputs, asked=asked),

@@ -19,7 +19,7 @@ from realm_jax.kernels.columns import STAGE_INPUTS, Columns, Stage
 from realm_jax.kernels.fragments import Fragment
 from realm_jax.kernels.lanes import Codes
 from realm_jax.kernels.mins import add_mins
-from realm_jax.kernels.plan import Plan, grid_of
+from realm_jax.kernels.plan import GROUPED_BYTES, Plan, grid_of
 from realm_jax.kernels.results import keep, store
 from realm_jax.kernels.ring import commit, together
 
@@ -42,8 +42,8 @@ def kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], asked: prefe
 
     matrix, which = matrix_of(plane_refs, own, format, outputs, group)
     reader = matrix.reader
-    x = Columns(pieces_ref, sums_ref, first_tile, tiles, reader.mins, own.pieces, own.x_stages, own.warps)
-    weights = Ahead(matrix.places, own.warps, steps, own.stages)
+    x = Columns(pieces_ref, sums_ref, first_tile, tiles, reader.mins, own.pieces, own.x_stages, own.warps, own.grouped)
+    weights = Ahead(matrix.places, own.warps, steps, own.stages, GROUPED_BYTES)
     parts = 4 * reader.unit // STAGE_INPUTS  # stages of x in a step
     zero = x.zero()
 
