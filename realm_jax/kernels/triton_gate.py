@@ -1,7 +1,7 @@
 """The gated product of a feed-forward network, silu(gate) * up, of few rows, and what the next product wants of it, in
 one launch. A Pallas Triton kernel; called by `model.layers`, which says in `jax.numpy` what it means.
 
-One program takes one row. Shape suffixes: `M` rows, `F` width.
+A program writes a part of one row, and computes all of it: see `operand.largest`. Shape suffixes: `M` rows, `F` width.
 """
 
 import functools
@@ -16,12 +16,13 @@ from realm_jax.kernels.pallas import Shape, load, program_id, store
 
 def gated(gate: jax.Array, up: jax.Array, *, form: Form) -> tuple[jax.Array, Operand]:
     """silu(gate) * up (..., F), computed in float32, in the type of gate; and the same in that form."""
-    parts = [part.reshape(-1, gate.shape[-1]) for part in (gate, up)]
+    operands = [x.reshape(-1, gate.shape[-1]) for x in (gate, up)]
+    part = operand.choose_part(form)
     out, *outs = pallas.call(
-        functools.partial(_gated, form=form),
-        parts,
-        (Shape(parts[0].shape, gate.dtype), *operand.shapes(form)),
-        grid=(form.programs,),
+        functools.partial(_gated, form=form, part=part),
+        operands,
+        (Shape(operands[0].shape, gate.dtype), *operand.shapes(form)),
+        grid=operand.grid(form, part),
         num_warps=operand.warps(gate.shape[-1]),
         num_stages=1,
         name="gated",
@@ -29,13 +30,22 @@ def gated(gate: jax.Array, up: jax.Array, *, form: Form) -> tuple[jax.Array, Ope
     return out.reshape(gate.shape), Operand(*outs)
 
 
-def _gated(gate_ref, up_ref, out_ref, *operand_refs, form: Form) -> None:
-    """One row, or none."""
+def _gated(gate_ref, up_ref, out_ref, *operand_refs, form: Form, part: int) -> None:
+    """A part of a row, or of none; of the whole row only how large it gets."""
     row, (rows, width) = program_id(0), out_ref.shape
-    column_F = jnp.arange(1 << (width - 1).bit_length(), dtype=jnp.int32)
-    real_F = (column_F < width) & (row < rows)
-    gate_F, up_F = (load(ref.at[row, column_F], mask=real_F, other=0).astype(jnp.float32) for ref in (gate_ref, up_ref))
-    product_F = gate_F / (1 + jnp.exp(-gate_F)) * up_F
-    store(out_ref.at[row, column_F], product_F.astype(out_ref.dtype), mask=real_F)
-    pallas.barrier()
-    operand.write(out_ref, *operand_refs, form=form)
+
+    def read(column: jax.Array) -> list[jax.Array]:
+        real = (column < width) & (row < rows)
+        return [load(ref.at[row, column], mask=real, other=0) for ref in (gate_ref, up_ref)]
+
+    own = operand.columns(part)
+    own_parts, parts = read(own), [read(column) for column in operand.chunks(width)]
+    product = _product(*own_parts).astype(out_ref.dtype)
+    store(out_ref.at[row, own], product, mask=(own < width) & (row < rows))
+    largest = operand.largest([_product(*part) for part in parts])
+    operand.write(product.astype(jnp.float32), largest, *operand_refs, dtype=product.dtype, form=form)
+
+
+def _product(gate: jax.Array, up: jax.Array) -> jax.Array:
+    gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
+    return gate / (1 + jnp.exp(-gate)) * up

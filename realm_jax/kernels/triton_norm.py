@@ -1,7 +1,7 @@
 """Residual addition and root-mean-square norm of few rows in one launch, where XLA needs two, and what products want of
 the result. A Pallas Triton kernel; called by `model.layers`, which says in `jax.numpy` what it means.
 
-One program takes one row. The order of its sum depends on the width alone, so the bits of a row do not depend on the
+A program writes a part of one row, and norms all of it. The order of its sum depends on the width alone, so the bits of a row do not depend on the
 rows beside it; XLA's do, since it compiles one row otherwise than several.
 
 Shape suffixes: `M` rows, `D` width.
@@ -40,11 +40,12 @@ def add_norm(
     """
     parts = [part.reshape(-1, x.shape[-1]) for part in (x, more) if part is not None]
     shape = Shape(parts[0].shape, x.dtype)
+    part = operand.choose_part(form) if form else 0
     outs = pallas.call(
-        functools.partial(_add_norm, eps=eps, form=form),
+        functools.partial(_add_norm, eps=eps, form=form, part=part),
         [weight_D, *parts],
         (shape,) * len(parts) + (operand.shapes(form) if form else ()),
-        grid=(form.programs if form else shape.shape[0],),
+        grid=operand.grid(form, part) if form else shape.shape[:1],
         num_warps=operand.warps(x.shape[-1]),
         num_stages=1,
         name="add_norm",
@@ -53,21 +54,30 @@ def add_norm(
     return (total[0] if total else x), normed, Operand(*outs[len(parts) :]) if form else None
 
 
-def _add_norm(weight_ref, *refs, eps: float, form: Form | None) -> None:
-    """One row: of x, or of x and what is added to it; or none."""
+def _add_norm(weight_ref, *refs, eps: float, form: Form | None, part: int) -> None:
+    """A part of a row, or of none; without a form all of it: of x, or of x and what is added to it."""
     count = (len(refs) - 3) // 2 if form else len(refs) // 2
-    parts, (out_ref, *total_ref), operand_refs = refs[:count], refs[count : 2 * count], refs[2 * count :]
+    x_refs, (out_ref, *total_ref), operand_refs = refs[:count], refs[count : 2 * count], refs[2 * count :]
     row, (rows, width) = program_id(0), out_ref.shape
+
+    def read(column: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Which there are, their weights, and their sum in the type of x."""
+        real = (column < width) & (row < rows)
+        weight = load(weight_ref.at[column], mask=real, other=0).astype(jnp.float32)
+        x, *more = (load(ref.at[row, column], mask=real, other=0) for ref in x_refs)
+        for other in more:
+            x = (x.astype(jnp.float32) + other.astype(jnp.float32)).astype(out_ref.dtype)
+        return real, weight, x
+
     column_D = jnp.arange(1 << (width - 1).bit_length(), dtype=jnp.int32)
-    real_D = (column_D < width) & (row < rows)
-    weight_D = load(weight_ref.at[column_D], mask=real_D, other=0).astype(jnp.float32)
-    x_D, *more = (load(ref.at[row, column_D], mask=real_D, other=0).astype(jnp.float32) for ref in parts)
-    if more:
-        total_D = (x_D + more[0]).astype(out_ref.dtype)
-        store(total_ref[0].at[row, column_D], total_D, mask=real_D)
-        x_D = total_D.astype(jnp.float32)
+    own = operand.columns(part) if form else column_D
+    real, weight, total = read(own)
+    _, weight_D, x_D = read(column_D) if form else (real, weight, total)
+    x_D = x_D.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.sum(x_D * x_D) * (1 / width) + eps)
-    store(out_ref.at[row, column_D], (x_D * scale * weight_D).astype(out_ref.dtype), mask=real_D)
+    normed = (total.astype(jnp.float32) * scale * weight).astype(out_ref.dtype)
+    for ref, values in zip((out_ref, *total_ref), (normed, total), strict=False):
+        store(ref.at[row, own], values, mask=real)
     if form:
-        pallas.barrier()
-        operand.write(out_ref, *operand_refs, form=form)
+        largest = operand.largest([x_D * scale * weight_D])
+        operand.write(normed.astype(jnp.float32), largest, *operand_refs, dtype=normed.dtype, form=form)
