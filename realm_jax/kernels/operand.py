@@ -108,14 +108,11 @@ def operand_of(x: jax.Array | Prepared, form: Form) -> Operand:
 
 def _prepare(x_ref, *refs, form: Form, part: int) -> None:
     """A part of a row, or of none."""
-    row, (rows, width) = pallas.program_id(0), x_ref.shape
-
-    def read(column: jax.Array) -> jax.Array:
-        inside = (column < width) & (row < rows)
-        return pallas.load(x_ref.at[row, column], mask=inside, other=0).astype(jnp.float32)
-
-    x = read(columns(part))
-    write(x, largest([read(column) for column in chunks(width)]), *refs, dtype=x_ref.dtype, form=form)
+    rows, width = x_ref.shape
+    row = own_row(rows)
+    x = own_columns(form, part, width).load(x_ref, row)
+    size = largest([chunk.load(x_ref, row).astype(jnp.float32) for chunk in chunks(width)])
+    write(x, size, *refs, rows=rows, form=form)
 
 
 def shapes(form: Form) -> tuple[pallas.Shape, ...]:
@@ -153,15 +150,45 @@ def grid(form: Form, part: int) -> tuple[int, int]:
     return form.programs, -(-256 * form.groups // part)
 
 
-def columns(part: int) -> jax.Array:
-    """Inputs of the row that are this program's."""
-    return pallas.program_id(1) * part + _power_of_two_iota(part)
+class Columns(NamedTuple):
+    """Some inputs of a row. place: their numbers. real: which of them there are; None: all."""
+
+    place: jax.Array
+    real: jax.Array | None
+
+    def load(self, ref, *before: jax.Array, in_order: bool = False) -> jax.Array:
+        """What an array has there in its last axis; zeros beyond. in_order: the compiler leaves such loads in order."""
+        other = {} if self.real is None else {"mask": self.real, "other": 0}
+        return pallas.load(ref.at[(*before, self.place)], volatile=in_order, **other)
 
 
-def chunks(width: int) -> list[jax.Array]:
-    """All inputs of a row, in arrays of equal sizes: four inputs a thread."""
+def own_row(rows: int) -> jax.Array:
+    """What the program reads; the last row, where it is to fill up the last tile."""
+    return jnp.minimum(pallas.program_id(0), rows - 1)
+
+
+def own_columns(form: Form, part: int, width: int) -> Columns:
+    """What is this program's part of a row."""
+    place = pallas.program_id(1) * part + _power_of_two_iota(part)
+    return Columns(place, None if part * grid(form, part)[1] <= width else place < width)
+
+
+def columns(start: int, size: int, width: int) -> Columns:
+    place = start + _power_of_two_iota(size)
+    return Columns(place, None if start + place.size <= width else place < width)
+
+
+def chunks(width: int) -> list[Columns]:
+    """All of a row, in arrays of equal sizes: four inputs a thread."""
     size = min(128 * warps(width), _power_of_two_above(width))
-    return [start + _power_of_two_iota(size) for start in range(0, width, size)]
+    return [columns(start, size, width) for start in range(0, width, size)]
+
+
+def store(ref, columns: Columns, x: jax.Array) -> None:
+    """The program's part of a row of an array, unless it is to fill up the last tile."""
+    m, real = pallas.program_id(0), columns.real
+    inside = jnp.broadcast_to(m < ref.shape[0], x.shape)
+    pallas.store(ref.at[m, columns.place], x, mask=inside if real is None else inside & real)
 
 
 def largest(row: Sequence[jax.Array]) -> jax.Array:
@@ -170,20 +197,25 @@ def largest(row: Sequence[jax.Array]) -> jax.Array:
     return lax.bitcast_convert_type(jnp.max(functools.reduce(jnp.maximum, bits)), jnp.float32)
 
 
-def write(x: jax.Array, largest: jax.Array, pieces_ref, sums_ref, back_ref, *, dtype: jnp.dtype, form: Form) -> None:
-    """The part of a program, one of `grid`, in the Operand of rows in `dtype`: of one row, or of none.
+def exponent(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Of a positive number rounded to dtype, biased as in float32: 255, if it is not finite."""
+    return lax.bitcast_convert_type(x.astype(dtype).astype(jnp.float32), jnp.int32) >> 23
 
-    x: the inputs of the part, a power of two of at least 256, float32; zeros, where there are none. largest: of the
-    whole row's |x|, rounded to dtype or not yet, or what is not finite.
+
+def write(x: jax.Array, largest: jax.Array, pieces_ref, sums_ref, back_ref, *, rows: int, form: Form) -> None:
+    """The part of a program, one of `grid`, in the Operand of so many rows: of one row, or zeros.
+
+    x: the inputs of the part, a power of two of at least 256; zeros after the last. largest: of the whole row's |x|,
+    float32, rounded to the type of x or not yet, or what has its `exponent` in that type.
     """
-    own, m = form, pallas.program_id(0)
+    own, m, dtype = form, pallas.program_id(0), x.dtype
     tile, column = m // own.rows_of_tile, m % own.rows_of_tile * own.pieces
     start = pallas.program_id(1) * x.size
-    largest = lax.bitcast_convert_type(largest.astype(dtype).astype(jnp.float32), jnp.int32)
-    exponent = largest >> 23
-    up = _power_of_two(jnp.clip(127 + 14 + 127 - exponent, 1, 254))
-    back = _power_of_two(jnp.clip(127 - 14 - 127 + exponent, 1, 254))
-    pallas.store(back_ref.at[m], jnp.where(exponent < 255, back, jnp.nan))  # all programs of a row: the same
+    x = jnp.where(m < rows, x.astype(jnp.float32), 0)
+    biased = jnp.where(m < rows, exponent(largest, dtype), 0)
+    up = _power_of_two(jnp.clip(127 + 14 + 127 - biased, 1, 254))
+    back = _power_of_two(jnp.clip(127 - 14 - 127 + biased, 1, 254))
+    pallas.store(back_ref.at[m], jnp.where(biased < 255, back, jnp.nan))  # all programs of a row: the same
     x *= up
 
     # A lane wants inputs 0 and 2, and 1 and 3, of four: as bytes of a word are masked.
@@ -195,15 +227,15 @@ def write(x: jax.Array, largest: jax.Array, pieces_ref, sums_ref, back_ref, *, d
         at = jnp.broadcast_to(tile, four.shape), block, 4 * (column + piece) + t, 2 * k + pair
         pallas.store(pieces_ref.at[at], word, mask=block < own.blocks)
 
-    near = 16 // jnp.dtype(dtype).itemsize  # inputs that are summed first
+    near = 16 // dtype.itemsize  # inputs that are summed first
     if not own.unit:
-        unit = start // 64 + _power_of_two_iota(x.size // 64)
         halves = _pieces(_sums(x, 32, near) * 2.0**-24 * SUM_SCALE)
-        for i in range(2):
-            own_column, item = (column + i, 0) if own.pieces == 2 else (column, i)
-            at = tile, unit // 4, 4 * own_column + unit % 4, item
-            at = tuple(jnp.broadcast_to(index, unit.shape) for index in at)
-            pallas.store(sums_ref.at[at], _pairs(halves[i].reshape(unit.size, 2)), mask=unit < 4 * own.groups)
+        words = jnp.stack([_pairs(half.reshape(half.size // 2, 2)) for half in halves], -1)
+        unit, i = (lax.broadcasted_iota(jnp.int32, words.shape, axis) for axis in range(2))
+        unit += start // 64
+        own_column, item = (column + i, jnp.zeros_like(i)) if own.pieces == 2 else (column, i)
+        at = jnp.broadcast_to(tile, i.shape), unit // 4, 4 * own_column + unit % 4, item
+        pallas.store(sums_ref.at[at], words, mask=unit < 4 * own.groups)
         return
     inner = own.unit // own.sub_block
     s = start // own.sub_block + _power_of_two_iota(x.size // own.sub_block)

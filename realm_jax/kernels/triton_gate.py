@@ -8,10 +8,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from realm_jax.kernels import operand, pallas
 from realm_jax.kernels.operand import Form, Operand
-from realm_jax.kernels.pallas import Shape, load, program_id, store
+from realm_jax.kernels.pallas import Shape
 
 
 def gated(gate: jax.Array, up: jax.Array, *, form: Form) -> tuple[jax.Array, Operand]:
@@ -32,20 +33,39 @@ def gated(gate: jax.Array, up: jax.Array, *, form: Form) -> tuple[jax.Array, Ope
 
 def _gated(gate_ref, up_ref, out_ref, *operand_refs, form: Form, part: int) -> None:
     """A part of a row, or of none; of the whole row only how large it gets."""
-    row, (rows, width) = program_id(0), out_ref.shape
-
-    def read(column: jax.Array) -> list[jax.Array]:
-        real = (column < width) & (row < rows)
-        return [load(ref.at[row, column], mask=real, other=0) for ref in (gate_ref, up_ref)]
-
-    own = operand.columns(part)
-    own_parts, parts = read(own), [read(column) for column in operand.chunks(width)]
+    rows, width = out_ref.shape
+    row, own = operand.own_row(rows), operand.own_columns(form, part, width)
+    own_parts, *parts = (
+        [columns.load(ref, row) for ref in (gate_ref, up_ref)] for columns in (own, *operand.chunks(width))
+    )
     product = _product(*own_parts).astype(out_ref.dtype)
-    store(out_ref.at[row, own], product, mask=(own < width) & (row < rows))
-    largest = operand.largest([_product(*part) for part in parts])
-    operand.write(product.astype(jnp.float32), largest, *operand_refs, dtype=product.dtype, form=form)
+    operand.store(out_ref, own, product)
+    largest = _largest(parts, out_ref.dtype)
+    operand.write(product, largest, *operand_refs, rows=rows, form=form)
 
 
 def _product(gate: jax.Array, up: jax.Array) -> jax.Array:
     gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
     return gate / (1 + jnp.exp(-gate)) * up
+
+
+def _largest(parts: list[list[jax.Array]], dtype: jnp.dtype) -> jax.Array:
+    """A number that rounds to the power of two, and something, that the largest |product| of gates and ups does; NaN or
+    infinite, if that is.
+
+    Every program of a row needs it, so it is computed the short way, silu(x) = (1 + tanh(x / 2)) x / 2 with the tanh of
+    the hardware, and as it should be only where the error of that could lead to another power of two.
+    """
+    quick, bound = [], []
+    for gate, up in parts:
+        half = gate.astype(jnp.float32) * 0.5
+        most = half * up.astype(jnp.float32)
+        quick.append(most * pallas.quick_tanh(half) + most)
+        bound.append(most)
+    middle, error = operand.largest(quick), operand.largest(bound) * (2 * pallas.TANH_ERROR)
+    least, most = (operand.exponent(limit, dtype) for limit in (middle - error, middle + error))
+    return lax.cond(
+        (least == most) & (most < 255),
+        lambda: middle + error,
+        lambda: operand.largest([_product(*part) for part in parts]),
+    )

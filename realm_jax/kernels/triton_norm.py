@@ -1,8 +1,8 @@
 """Residual addition and root-mean-square norm of few rows in one launch, where XLA needs two, and what products want of
 the result. A Pallas Triton kernel; called by `model.layers`, which says in `jax.numpy` what it means.
 
-A program writes a part of one row, and norms all of it. The order of its sum depends on the width alone, so the bits of a row do not depend on the
-rows beside it; XLA's do, since it compiles one row otherwise than several.
+A program norms one row, and writes a part of it. The order of its sum depends on the width alone, so the bits of a row
+do not depend on the rows beside it; XLA's do, since it compiles one row otherwise than several.
 
 Shape suffixes: `M` rows, `D` width.
 """
@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from realm_jax.kernels import operand, pallas
-from realm_jax.kernels.operand import Form, Operand
-from realm_jax.kernels.pallas import Shape, load, program_id, store
+from realm_jax.kernels.operand import Columns, Form, Operand
+from realm_jax.kernels.pallas import Shape
 
 MOST_ROWS = 64
 WIDEST = 32768
@@ -58,26 +58,26 @@ def _add_norm(weight_ref, *refs, eps: float, form: Form | None, part: int) -> No
     """A part of a row, or of none; without a form all of it: of x, or of x and what is added to it."""
     count = (len(refs) - 3) // 2 if form else len(refs) // 2
     x_refs, (out_ref, *total_ref), operand_refs = refs[:count], refs[count : 2 * count], refs[2 * count :]
-    row, (rows, width) = program_id(0), out_ref.shape
+    rows, width = out_ref.shape
+    row = operand.own_row(rows)
 
-    def read(column: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Which there are, their weights, and their sum in the type of x."""
-        real = (column < width) & (row < rows)
-        weight = load(weight_ref.at[column], mask=real, other=0).astype(jnp.float32)
-        x, *more = (load(ref.at[row, column], mask=real, other=0) for ref in x_refs)
+    def read(columns: Columns) -> tuple[jax.Array, jax.Array]:
+        """The sum in the type of x, and the weights: these are read first, lest they be read when x has come."""
+        weight = columns.load(weight_ref, in_order=True).astype(jnp.float32)
+        x, *more = (columns.load(ref, row, in_order=True) for ref in x_refs)
         for other in more:
             x = (x.astype(jnp.float32) + other.astype(jnp.float32)).astype(out_ref.dtype)
-        return real, weight, x
+        return x, weight
 
-    column_D = jnp.arange(1 << (width - 1).bit_length(), dtype=jnp.int32)
-    own = operand.columns(part) if form else column_D
-    real, weight, total = read(own)
-    _, weight_D, x_D = read(column_D) if form else (real, weight, total)
+    whole = operand.columns(0, width, width)
+    own = operand.own_columns(form, part, width) if form else whole
+    x_D, weight_D = read(whole)
+    total, weight = read(own) if form else (x_D, weight_D)
     x_D = x_D.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.sum(x_D * x_D) * (1 / width) + eps)
     normed = (total.astype(jnp.float32) * scale * weight).astype(out_ref.dtype)
     for ref, values in zip((out_ref, *total_ref), (normed, total), strict=False):
-        store(ref.at[row, own], values, mask=real)
+        operand.store(ref, own, values)
     if form:
         largest = operand.largest([x_D * scale * weight_D])
-        operand.write(normed.astype(jnp.float32), largest, *operand_refs, dtype=normed.dtype, form=form)
+        operand.write(normed, largest, *operand_refs, rows=rows, form=form)
