@@ -253,9 +253,9 @@ def _sums(x: jax.Array, size: int, near: int) -> jax.Array:
     twos = [2] * (size.bit_length() - 1)
     x = x.reshape(x.size // size, *twos)
     for _ in range(near.bit_length() - 1):
-        x = jnp.sum(x, -1)
+        x = pallas.sum_of_two(x, -1)
     while x.ndim > 1:
-        x = jnp.sum(x, 1)
+        x = pallas.sum_of_two(x, 1)
     return x
 
 

@@ -147,6 +147,14 @@ def barrier() -> None:
         plt.debug_barrier()
 
 
+def sum_of_two(x: jax.Array, axis: int) -> jax.Array:
+    """Along an axis of two. Triton sums one such axis after the other; XLA would take all in an order of its own."""
+    if not _interpreting:
+        return jnp.sum(x, axis)
+    first, second = (jax.lax.index_in_dim(x, i, axis, keepdims=False) for i in range(2))
+    return first + second
+
+
 def quick_tanh(x: jax.Array) -> jax.Array:
     """tanh of float32, wrong by no more than TANH_ERROR of itself, in one instruction (PTX ISA, "tanh")."""
     if _interpreting:
