@@ -45,7 +45,7 @@ class Form(NamedTuple):
 
     @property
     def programs(self) -> int:
-        """One a row, and one for each row that fills up the last tile."""
+        """Rows of a launch: those of x, and those that fill up the last tile."""
         return self.tiles * self.rows_of_tile
 
 
@@ -111,8 +111,8 @@ def _prepare(x_ref, *refs, form: Form, part: int) -> None:
     rows, width = x_ref.shape
     row = own_row(rows)
     x = own_columns(form, part, width).load(x_ref, row)
-    size = largest([chunk.load(x_ref, row).astype(jnp.float32) for chunk in chunks(width)])
-    write(x, size, *refs, rows=rows, form=form)
+    largest = largest_of([chunk.load(x_ref, row).astype(jnp.float32) for chunk in chunks(width)])
+    write(x, largest, *refs, rows=rows, form=form)
 
 
 def shapes(form: Form) -> tuple[pallas.Shape, ...]:
@@ -146,7 +146,7 @@ def choose_part(form: Form) -> int:
 
 
 def grid(form: Form, part: int) -> tuple[int, int]:
-    """Of a kernel that writes parts of rows."""
+    """Of a kernel that writes parts of rows: row, part."""
     return form.programs, -(-256 * form.groups // part)
 
 
@@ -174,6 +174,7 @@ def own_columns(form: Form, part: int, width: int) -> Columns:
 
 
 def columns(start: int, size: int, width: int) -> Columns:
+    """So many inputs of a row or more, up to a power of two, from `start` on."""
     place = start + _power_of_two_iota(size)
     return Columns(place, None if start + place.size <= width else place < width)
 
@@ -191,7 +192,7 @@ def store(ref, columns: Columns, x: jax.Array) -> None:
     pallas.store(ref.at[m, columns.place], x, mask=inside if real is None else inside & real)
 
 
-def largest(row: Sequence[jax.Array]) -> jax.Array:
+def largest_of(row: Sequence[jax.Array]) -> jax.Array:
     """Of |x|, x float32 in arrays of one size: NaN, if one of them is."""
     bits = (lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF for x in row)
     return lax.bitcast_convert_type(jnp.max(functools.reduce(jnp.maximum, bits)), jnp.float32)

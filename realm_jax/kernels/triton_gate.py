@@ -1,7 +1,7 @@
 """The gated product of a feed-forward network, silu(gate) * up, of few rows, and what the next product wants of it, in
 one launch. A Pallas Triton kernel; called by `model.layers`, which says in `jax.numpy` what it means.
 
-A program writes a part of one row, and computes all of it: see `operand.largest`. Shape suffixes: `M` rows, `F` width.
+A program writes a part of one row, for which it has to know the largest number of the whole row.
 """
 
 import functools
@@ -62,10 +62,10 @@ def _largest(parts: list[list[jax.Array]], dtype: jnp.dtype) -> jax.Array:
         most = half * up.astype(jnp.float32)
         quick.append(most * pallas.quick_tanh(half) + most)
         bound.append(most)
-    middle, error = operand.largest(quick), operand.largest(bound) * (2 * pallas.TANH_ERROR)
+    middle, error = operand.largest_of(quick), operand.largest_of(bound) * (2 * pallas.TANH_ERROR)
     least, most = (operand.exponent(limit, dtype) for limit in (middle - error, middle + error))
     return lax.cond(
         (least == most) & (most < 255),
         lambda: middle + error,
-        lambda: operand.largest([_product(*part) for part in parts]),
+        lambda: operand.largest_of([_product(*part) for part in parts]),
     )

@@ -79,5 +79,5 @@ def _add_norm(weight_ref, *refs, eps: float, form: Form | None, part: int) -> No
     for ref, values in zip((out_ref, *total_ref), (normed, total), strict=False):
         operand.store(ref, own, values)
     if form:
-        largest = operand.largest([x_D * scale * weight_D])
+        largest = operand.largest_of([x_D * scale * weight_D])
         operand.write(normed, largest, *operand_refs, rows=rows, form=form)
