@@ -96,7 +96,7 @@ def variables(text: str) -> dict[str, str]:
     pairs = [part.partition("=") for part in text.split()]
     for name, equals, _ in pairs:
         if not equals or not name.startswith("REALM_"):
-            raise RealmError(f'environments: {text!r}: want names that begin with REALM_, as in "REALM_OVERLAP=0"')
+            raise RealmError(f'environments: {text!r}: want names that begin with REALM_, as in "REALM_PREFETCH=0"')
     return {name: value for name, _, value in pairs}
 
 

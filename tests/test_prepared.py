@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_quant_formats import random_weights
 
-from realm_jax.kernels import matmul, pallas, triton_gate, triton_norm
+from realm_jax.kernels import matmul, operand, pallas, triton_gate, triton_norm
 from realm_jax.kernels.matmul import wanted_form
 from realm_jax.kernels.operand import Form, Prepared, operand_of, plain
 from realm_jax.model import Config, Rope, init_params, layers
@@ -40,16 +40,68 @@ def rows_of(dtype: str, *shape: int) -> list[jax.Array]:
 def test_one_launch_has_the_bits_of_two(dtype):
     x, more = rows_of(dtype, 3, 2, 96)
     form = Form(2 if dtype == "float32" else 1, 2 if dtype == "float32" else 1, 4)
-    *sums, operand = triton_norm.add_norm(x, more, jnp.ones(96), eps=EPS, form=form)
+    *sums, prepared = triton_norm.add_norm(x, more, jnp.ones(96), eps=EPS, form=form)
     *want, nothing = triton_norm.add_norm(x, more, jnp.ones(96), eps=EPS)
     same(sums, want)
     assert nothing is None
     prepare = jax.jit(operand_of, static_argnums=1)
-    same(operand, prepare(sums[1], form))
-    product, operand = triton_gate.gated(x, more, form=form)
-    same(operand, prepare(product, form))
+    same(prepared, prepare(sums[1], form))
+    product, prepared = triton_gate.gated(x, more, form=form)
+    same(prepared, prepare(product, form))
     exact = np.asarray(x, np.float64) / (1 + np.exp(-np.asarray(x, np.float64))) * np.asarray(more, np.float64)
     np.testing.assert_allclose(product.astype(jnp.float32), exact, rtol=1.01 * jnp.finfo(dtype).eps, atol=1e-7)
+
+
+WIDE = 2304  # three parts, of which the last one is a quarter full
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize(
+    ("dtype", "sums"),
+    [("bfloat16", (0, 0)), ("float32", (256, 16)), pytest.param("float16", (256, 32), marks=pytest.mark.slow),
+     pytest.param("float32", (0, 0), marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_the_parts_of_a_row_have_the_bits_of_a_whole(monkeypatch, dtype, sums):
+    x, more = rows_of(dtype, 3, WIDE)
+    form = Form(2 if dtype == "float32" else 1, 1, WIDE // 32, *sums)
+    assert operand.grid(form, operand.choose_part(form)) == (form.programs, 3)
+    weight = jnp.linspace(0.5, 2, WIDE)
+
+    def found():
+        norm = triton_norm.add_norm(x, more, weight, eps=EPS, form=form)
+        return jax.jit(operand_of, static_argnums=1)(x, form), *norm, triton_gate.gated(x, more, form=form)
+
+    parts = found()
+    monkeypatch.setattr(operand, "choose_part", lambda form: 4096)
+    jax.clear_caches()
+    same(parts, found())
+
+
+def test_a_row_is_cut_while_there_are_multiprocessors():
+    def cut(rows: int, width: int) -> tuple[int, int]:
+        form = Form(1, -(-rows // 8), -(-width // 32))
+        part = operand.choose_part(form)
+        return part, operand.grid(form, part)[1]
+
+    assert [cut(1, width) for width in (20, 1000, 4096, 14336, 32768)] == [
+        (256, 1), (1024, 1), (1024, 4), (2048, 7), (2048, 16),
+    ]  # fmt: skip
+    assert [cut(rows, 14336) for rows in (9, 32, 64)] == [(2048, 7), (4096, 4), (8192, 2)]
+    assert [cut(rows, 4096) for rows in (33, 64)] == [(2048, 2), (2048, 2)]
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_the_largest_product_is_found_where_a_quick_look_would_not_do():
+    """A power of two, what is rounded to one, what is far below its factors, and what is not finite."""
+    gates = [32, 8.0625, -20, jnp.inf, jnp.nan, 2**100, 0]
+    ups = [2, 7.9375, 3, 1, 1, 2**100, 1]
+    gate, up = (jnp.zeros((7, 96)).at[:, 5].set(jnp.asarray(column)) for column in (gates, ups))
+    for dtype, tiles in (("bfloat16", 1), ("float32", 2)):
+        form = Form(tiles, tiles, 3)
+        product, found = triton_gate.gated(gate.astype(dtype), up.astype(dtype), form=form)
+        same(found, jax.jit(operand_of, static_argnums=1)(product, form))
+        assert np.isnan(found.back[:7]).tolist() == [False] * 3 + [True] * 3 + [False]
+        assert found.back[0] == 2.0 ** (6 - 14)
 
 
 def launches(name: str, function) -> int:

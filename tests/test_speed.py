@@ -86,7 +86,7 @@ def test_what_cannot_be_measured_is_said(model):
 
 def test_a_run_of_the_experiment(model_file, tmp_path):
     small = ["batches=[2]", "context=10", "steps=3", "prompt_tokens=20", "chunk=8", "repeats=2", 'cache="float32"']
-    small.append('environments=["", "REALM_OVERLAP=0"]')
+    small.append('environments=["", "REALM_PREFETCH=0"]')
     config = load_config(decode_speed.DecodeSpeedConfig, CONFIG, [f"model={model_file}", 'matmul="reference"', *small])
     run = Run.create(config, "decode_speed", root=tmp_path, name="small")
     weights = speed.weight_bytes(realm.load(model_file).params)
@@ -95,7 +95,7 @@ def test_a_run_of_the_experiment(model_file, tmp_path):
     assert (jax.config.jax_compilation_cache_dir, IMPLEMENTATIONS) == before
     found = read_json(run.folder / "results.json")
     assert [(line["kind"], line["batch"], line["tokens"], line["environment"]) for line in found["lines"]] == [
-        ("prefill", 1, 20, ""), ("decode", 2, 6, ""), ("decode", 2, 6, "REALM_OVERLAP=0"),
+        ("prefill", 1, 20, ""), ("decode", 2, 6, ""), ("decode", 2, 6, "REALM_PREFETCH=0"),
     ]  # fmt: skip
     for line in found["lines"][1:]:
         assert line["weight_bytes"] == weights < line["step_bytes"] and line["compile_seconds"] > 0
@@ -104,7 +104,7 @@ def test_a_run_of_the_experiment(model_file, tmp_path):
         assert line["share_of_floor"] == pytest.approx(share)
     table = (run.folder / "results.md").read_text(encoding="utf-8")
     assert "| small.gguf | 2 |" in table and "small.gguf, batch 2: the profile has nothing of a GPU." in table
-    assert "| small.gguf REALM_OVERLAP=0 | 2 |" in table and "REALM_OVERLAP" not in os.environ
+    assert "| small.gguf REALM_PREFETCH=0 | 2 |" in table and "REALM_PREFETCH" not in os.environ
     assert (run.folder / "decode_speed.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -118,7 +118,7 @@ def test_a_run_of_the_experiment(model_file, tmp_path):
         ("steps=0", "steps is 0; want at least 1"),
         ("batches=[0]", "batches: want at least 1 each"),
         ('environments=["PATH=0"]', "environments: 'PATH=0': want names that begin with REALM_"),
-        ('environments=["REALM_OVERLAP"]', "environments: 'REALM_OVERLAP': want names that begin with REALM_"),
+        ('environments=["REALM_PREFETCH"]', "environments: 'REALM_PREFETCH': want names that begin with REALM_"),
     ],
 )
 def test_a_config_that_cannot_be_run(change, message):

@@ -56,7 +56,7 @@ def test_every_shape_has_a_class():
 @pytest.mark.parametrize(("outputs", "warps"), [(1, 8), (8192, 8), (8193, 4), (128256, 4)])
 def test_what_no_file_names_has_the_rule(monkeypatch, outputs, warps):
     on(monkeypatch, "a device that nobody measured")
-    assert tiles.find("IQ1_M", outputs, 4096) == Tiles(warps, 2, 64, 8)
+    assert tiles.find("IQ1_M", outputs, 4096) == Tiles(warps, 2, 64, 16)
 
 
 def test_the_device_comes_before_the_default_and_the_default_before_the_rule(own_file, monkeypatch):
@@ -111,7 +111,7 @@ def test_text_reads_back_with_an_entry_a_line():
         ({"GPU": {"Q4_K": {SMALL: FEW | {"warps": 3}}}}, f"GPU: Q4_K: {SMALL}: warps is 3; want 1, 2, 4, 8 or 16"),
         ({"GPU": {"Q4_K": {SMALL: FEW | {"stages": True}}}}, "stages is True; want 2 to 6"),
         ({"GPU": {"Q4_K": {SMALL: FEW | {"most_rows": 512}}}}, "most_rows is 512; want 64 to 256"),
-        ({"GPU": {"Q4_K": {SMALL: FEW | {"across": 16}}}}, "across is 16; want 0, 2, 4 or 8"),
+        ({"GPU": {"Q4_K": {SMALL: FEW | {"across": 32}}}}, "across is 32; want 0, 2, 4, 8 or 16"),
     ],
 )
 def test_a_broken_file_gives_one_line_that_names_the_place(own_file, content, says):

@@ -7,6 +7,7 @@ where it is float32: what float16 holds of it, and what that leaves, together 22
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import flax.struct
@@ -18,6 +19,7 @@ from realm_jax.kernels import pallas
 
 LOW = 2.0**-11  # what the second piece of a number is scaled by
 SUM_SCALE = 2.0**19  # float16 holds sums of a sub-block times this
+MOST_PROGRAMS = 128  # of a launch, unless there are more rows: about what has a multiprocessor of its own
 
 
 class Form(NamedTuple):
@@ -44,7 +46,7 @@ class Form(NamedTuple):
 
     @property
     def programs(self) -> int:
-        """One a row, and one for each row that fills up the last tile."""
+        """Rows of a launch: those of x, and those that fill up the last tile."""
         return self.tiles * self.rows_of_tile
 
 
@@ -100,8 +102,18 @@ def operand_of(x: jax.Array | Prepared, form: Form) -> Operand:
     if isinstance(x, Prepared) and x.form == form:
         return x.operand
     x_MK = plain(x).reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    options = {"grid": (form.programs,), "num_warps": warps(x_MK.shape[1]), "num_stages": 1, "name": "prepare"}
-    return Operand(*pallas.call(functools.partial(write, form=form), [x_MK], shapes(form), **options))
+    part = choose_part(form)
+    options = {"grid": grid(form, part), "num_warps": warps(x_MK.shape[1]), "num_stages": 1, "name": "prepare"}
+    return Operand(*pallas.call(functools.partial(_prepare, form=form, part=part), [x_MK], shapes(form), **options))
+
+
+def _prepare(x_ref, *refs, form: Form, part: int) -> None:
+    """A part of a row, or of none."""
+    rows, width = x_ref.shape
+    row = own_row(rows)
+    x = own_columns(form, part, width).load(x_ref, row)
+    largest = largest_of([chunk.load(x_ref, row).astype(jnp.float32) for chunk in chunks(width)])
+    write(x, largest, *refs, rows=rows, form=form)
 
 
 def shapes(form: Form) -> tuple[pallas.Shape, ...]:
@@ -130,62 +142,137 @@ def warps(width: int) -> int:
     return 8 if width <= 8192 else 16
 
 
-def write(x_ref, pieces_ref, sums_ref, back_ref, *, form: Form) -> None:
-    """The part of a program, one of `form.programs`, in the Operand of x (M, K): of one row, or of none."""
-    rows, own = x_ref.shape[0], form
-    m = pallas.program_id(0)
+def choose_part(form: Form) -> int:
+    """Inputs of a row that a program writes, a power of two. Nothing that is written depends on it.
+
+    Four for each of its threads, or more, where rows are many: then every multiprocessor has a program anyway.
+    """
+    inputs = 256 * form.groups
+    part = min(128 * warps(inputs), _power_of_two_above(inputs))
+    while form.programs * -(-inputs // part) > MOST_PROGRAMS and part < inputs:
+        part *= 2
+    return part
+
+
+def grid(form: Form, part: int) -> tuple[int, int]:
+    """Of a kernel that writes parts of rows: row, part."""
+    return form.programs, -(-256 * form.groups // part)
+
+
+class Columns(NamedTuple):
+    """Some inputs of a row. place: their numbers. real: which of them there are; None: all."""
+
+    place: jax.Array
+    real: jax.Array | None
+
+    def load(self, ref, *before: jax.Array, in_order: bool = False) -> jax.Array:
+        """What an array has there in its last axis; zeros beyond. in_order: the compiler leaves such loads in order."""
+        other = {} if self.real is None else {"mask": self.real, "other": 0}
+        return pallas.load(ref.at[(*before, self.place)], volatile=in_order, **other)
+
+
+def own_row(rows: int) -> jax.Array:
+    """What the program reads; the last row, where it is to fill up the last tile."""
+    return jnp.minimum(pallas.program_id(0), rows - 1)
+
+
+def own_columns(form: Form, part: int, width: int) -> Columns:
+    """What is this program's part of a row."""
+    place = pallas.program_id(1) * part + _power_of_two_iota(part)
+    return Columns(place, None if part * grid(form, part)[1] <= width else place < width)
+
+
+def columns(start: int, size: int, width: int) -> Columns:
+    """So many inputs of a row or more, up to a power of two, from `start` on."""
+    place = start + _power_of_two_iota(size)
+    return Columns(place, None if start + place.size <= width else place < width)
+
+
+def chunks(width: int) -> list[Columns]:
+    """All of a row, in arrays of equal sizes: four inputs a thread."""
+    size = min(128 * warps(width), _power_of_two_above(width))
+    return [columns(start, size, width) for start in range(0, width, size)]
+
+
+def store(ref, columns: Columns, x: jax.Array) -> None:
+    """The program's part of a row of an array, unless it is to fill up the last tile."""
+    m, real = pallas.program_id(0), columns.real
+    inside = jnp.broadcast_to(m < ref.shape[0], x.shape)
+    pallas.store(ref.at[m, columns.place], x, mask=inside if real is None else inside & real)
+
+
+def largest_of(row: Sequence[jax.Array]) -> jax.Array:
+    """Of |x|, x float32 in arrays of one size: NaN, if one of them is."""
+    bits = (lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF for x in row)
+    return lax.bitcast_convert_type(jnp.max(functools.reduce(jnp.maximum, bits)), jnp.float32)
+
+
+def exponent(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Of a positive number rounded to dtype, biased as in float32: 255, if it is not finite."""
+    return lax.bitcast_convert_type(x.astype(dtype).astype(jnp.float32), jnp.int32) >> 23
+
+
+def write(x: jax.Array, largest: jax.Array, pieces_ref, sums_ref, back_ref, *, rows: int, form: Form) -> None:
+    """The part of a program, one of `grid`, in the Operand of so many rows: of one row, or zeros.
+
+    x: the inputs of the part, a power of two of at least 256; zeros after the last. largest: of the whole row's |x|,
+    float32, rounded to the type of x or not yet, or what has its `exponent` in that type.
+    """
+    own, m, dtype = form, pallas.program_id(0), x.dtype
     tile, column = m // own.rows_of_tile, m % own.rows_of_tile * own.pieces
-    blocks = pieces_ref.shape[1]
+    start = pallas.program_id(1) * x.size
+    x = jnp.where(m < rows, x.astype(jnp.float32), 0)
+    biased = jnp.where(m < rows, exponent(largest, dtype), 0)
+    up = _power_of_two(jnp.clip(127 + 14 + 127 - biased, 1, 254))
+    back = _power_of_two(jnp.clip(127 - 14 - 127 + biased, 1, 254))
+    pallas.store(back_ref.at[m], jnp.where(biased < 255, back, jnp.nan))  # all programs of a row: the same
+    x *= up
 
-    def read(k: jax.Array) -> jax.Array:
-        row = jnp.broadcast_to(jnp.minimum(m, rows - 1), k.shape)
-        inside = (k < x_ref.shape[1]) & (m < rows)
-        return pallas.load(x_ref.at[row, k], mask=inside, other=0.0).astype(jnp.float32)
-
-    everything = _power_of_two_iota(32 * blocks)
-    x = read(everything)
-    largest = jnp.max(jnp.abs(x))
-    exponent = lax.bitcast_convert_type(largest, jnp.int32) >> 23
-    up = _power_of_two(jnp.clip(127 + 14 + 127 - exponent, 1, 254))
-    back = _power_of_two(jnp.clip(127 - 14 - 127 + exponent, 1, 254))
-    broken = jnp.sum(x * 0)  # NaN, if any is not finite
-    pallas.store(back_ref.at[m], back + broken)
-
-    i = _power_of_two_iota(16 * blocks)
-    block, t, k, pair = i // 16, i // 4 % 4, i // 2 % 2, i % 2
-    first = 32 * block + 16 * k + 4 * t + pair  # inputs 0 and 2, and 1 and 3, of four: as bytes of a word are masked
+    # A lane wants inputs 0 and 2, and 1 and 3, of four: as bytes of a word are masked.
+    four, pair = (lax.broadcasted_iota(jnp.int32, (x.size // 4, 2), axis) for axis in range(2))
+    four += start // 4
+    block, k, t = four // 8, four // 4 % 2, four % 4
     for piece in range(own.pieces):
-        word = _pair(*(_pieces(read(first + 2 * position) * up)[piece] for position in range(2)))
-        at = jnp.broadcast_to(tile, i.shape), block, *place(column + piece, t, 2 * k + pair, form.grouped)
-        pallas.store(pieces_ref.at[at], word, mask=block < blocks)
+        word = _pairs(_pieces(x)[piece].reshape(x.size // 4, 2, 2))
+        at = jnp.broadcast_to(tile, four.shape), block, *place(column + piece, t, 2 * k + pair, own.grouped)
+        pallas.store(pieces_ref.at[at], word, mask=block < own.blocks)
 
-    def sums(number: jax.Array, size: int) -> jax.Array:
-        """Of so many inputs each, with these numbers, times 2^-24."""
-        shape = (*number.shape, size)
-        inputs = size * lax.broadcast_in_dim(number, shape, (0,)) + lax.broadcasted_iota(jnp.int32, shape, 1)
-        return jnp.sum(read(inputs) * up, -1) * 2.0**-24
-
+    near = 16 // dtype.itemsize  # inputs that are summed first
     if not own.unit:
-        unit = _power_of_two_iota(4 * own.groups)
-        even, odd = (_pieces(sums(2 * unit + i, 32) * SUM_SCALE) for i in range(2))
-        for i in range(2):
-            own_column, item = (column + i, 0) if own.pieces == 2 else (column, i)
-            at = tile, unit // 4, 4 * own_column + unit % 4, item
-            at = tuple(jnp.broadcast_to(index, unit.shape) for index in at)
-            pallas.store(sums_ref.at[at], _pair(even[i], odd[i]), mask=unit < 4 * own.groups)
+        halves = _pieces(_sums(x, 32, near) * 2.0**-24 * SUM_SCALE)
+        words = jnp.stack([_pairs(half.reshape(half.size // 2, 2)) for half in halves], -1)
+        unit, i = (lax.broadcasted_iota(jnp.int32, words.shape, axis) for axis in range(2))
+        unit += start // 64
+        own_column, item = (column + i, jnp.zeros_like(i)) if own.pieces == 2 else (column, i)
+        at = jnp.broadcast_to(tile, i.shape), unit // 4, 4 * own_column + unit % 4, item
+        pallas.store(sums_ref.at[at], words, mask=unit < 4 * own.groups)
         return
-    many, inner = blocks * 32 // own.sub_block, own.unit // own.sub_block
-    s = _power_of_two_iota(many)
-    total = sums(s, own.sub_block)
+    inner = own.unit // own.sub_block
+    s = start // own.sub_block + _power_of_two_iota(x.size // own.sub_block)
+    total = _sums(x, own.sub_block, near) * 2.0**-24
     for piece in range(own.pieces):
         at = jnp.broadcast_to(tile, s.shape), jnp.broadcast_to(column + piece, s.shape), s % inner, s // inner
-        pallas.store(sums_ref.at[at], total if piece == 0 else jnp.zeros_like(total), mask=s < many)
+        mask = s < own.blocks * 32 // own.sub_block
+        pallas.store(sums_ref.at[at], total if piece == 0 else jnp.zeros_like(total), mask=mask)
 
 
-def _pair(low: jax.Array, high: jax.Array) -> jax.Array:
-    """Two float16 as an int32."""
-    bits = (lax.bitcast_convert_type(half, jnp.uint16).astype(jnp.int32) for half in (low, high))
-    return next(bits) | next(bits) << 16
+def _sums(x: jax.Array, size: int, near: int) -> jax.Array:
+    """Of every `size` numbers: first neighbours, then pairs and fours of them up to `near` numbers; of these sums first
+    those that are half of them apart. This order is the program's own, whatever thread has which numbers.
+    """
+    twos = [2] * (size.bit_length() - 1)
+    x = x.reshape(x.size // size, *twos)
+    for _ in range(near.bit_length() - 1):
+        x = pallas.sum_of_two(x, -1)
+    while x.ndim > 1:
+        x = pallas.sum_of_two(x, 1)
+    return x
+
+
+def _pairs(halves: jax.Array) -> jax.Array:
+    """Two float16 as an int32: along axis 1, which has two."""
+    bits = lax.bitcast_convert_type(halves, jnp.uint16).astype(jnp.int32)
+    return jnp.sum(bits << 16 * lax.broadcasted_iota(jnp.int32, bits.shape, 1), 1)
 
 
 def _pieces(x: jax.Array) -> tuple[jax.Array, jax.Array]:

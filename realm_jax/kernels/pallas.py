@@ -5,7 +5,6 @@ Kernel bodies say what they compute in plain `jax.numpy`; what only the backend 
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,13 +13,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from realm_jax.errors import RealmError
 from realm_jax.kernels import assembly
 
 load, store, program_id, ds = plt.load, plt.store, pl.program_id, pl.ds
 Shape = jax.ShapeDtypeStruct
 OLDEST = "8.0"  # compute capability of Ampere
-OVERLAP = "REALM_OVERLAP"  # 0: launches do not overlap
+TANH_ERROR = 2.0**-11
 
 _interpreting = False
 
@@ -102,7 +100,6 @@ def call(
         tuple((aliases or {}).items()),
         name,
         _interpreting,
-        overlaps(),
     )
     return _traced_once(launch, *operands)
 
@@ -118,20 +115,14 @@ class Launch(NamedTuple):
     aliases: tuple[tuple[int, int], ...]
     name: str | None
     interpret: bool
-    overlap: bool
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _traced_once(launch: Launch, *operands: jax.Array) -> Any:
     func, args, keywords = launch.body
 
-    def body(*refs: Any) -> None:
-        if launch.overlap:
-            _let_next_in(launch.num_warps)
-        func(*args, *refs, **dict(keywords))
-
     return pl.pallas_call(
-        body,
+        functools.partial(func, *args, **dict(keywords)),
         out_shape=launch.out_shape,
         grid=launch.grid,
         in_specs=[pl.no_block_spec] * len(operands),
@@ -142,26 +133,6 @@ def _traced_once(launch: Launch, *operands: jax.Array) -> Any:
         interpret=launch.interpret,
         name=launch.name,
     )(*operands)
-
-
-def overlaps() -> bool:
-    """Whether a kernel traced now lets the next one in early: from Hopper up. RealmError if REALM_OVERLAP is no 0 or 1.
-
-    The programs of the next launch then take their places as soon as all of this one have theirs, and wait: what
-    starting them takes is over when this launch ends. XLA has each kernel begin with that wait, for all that came
-    before to be done and seen, where it lets launches overlap (JAX 0.11 does; 0.10 with --xla_gpu_enable_pdl=true);
-    elsewhere the instruction does nothing. Source: PTX ISA, "griddepcontrol".
-    """
-    text = os.environ.get(OVERLAP, "")
-    if text not in ("", "0", "1"):
-        raise RealmError(f"{OVERLAP} is {text!r:.20}; want 0 or 1")
-    return not _interpreting and text != "0" and from_hopper()
-
-
-def _let_next_in(warps: int) -> None:
-    thread = jax.lax.broadcasted_iota(jnp.int32, (32 * warps,), 0)
-    text = "griddepcontrol.launch_dependents; mov.b32 $0, $1;"
-    assembly.assembly(text, ["=r", "r"], Shape(thread.shape, jnp.int32), thread, pure=False, kept=True)
 
 
 def find_range(number: jax.Array, lengths: Sequence[int], values: Sequence[int]) -> tuple[jax.Array, ...]:
@@ -180,6 +151,25 @@ def barrier() -> None:
     """What a program has stored before it, all its threads load after it."""
     if not _interpreting:
         plt.debug_barrier()
+
+
+def sum_of_two(x: jax.Array, axis: int) -> jax.Array:
+    """Along an axis of two. Triton sums one such axis after the other; XLA would take all in an order of its own."""
+    if not _interpreting:
+        return jnp.sum(x, axis)
+    first, second = (jax.lax.index_in_dim(x, i, axis, keepdims=False) for i in range(2))
+    return first + second
+
+
+def quick_tanh(x: jax.Array) -> jax.Array:
+    """tanh of float32, wrong by no more than TANH_ERROR of itself, in one instruction (PTX ISA, "tanh")."""
+    if _interpreting:
+        return jnp.tanh(x)
+    shape = [Shape(x.shape, x.dtype)]
+    (y,) = plt.elementwise_inline_asm(
+        "tanh.approx.f32 $0, $1;", args=[x], constraints="=f,f", pack=1, result_shape_dtypes=shape
+    )
+    return y
 
 
 def int8_to_float16(x: jax.Array) -> jax.Array:

@@ -1,8 +1,8 @@
 """Residual addition and root-mean-square norm of few rows in one launch, where XLA needs two, and what products want of
 the result. A Pallas Triton kernel; called by `model.layers`, which says in `jax.numpy` what it means.
 
-One program takes one row. The order of its sum depends on the width alone, so the bits of a row do not depend on the
-rows beside it; XLA's do, since it compiles one row otherwise than several.
+A program norms one row, and writes a part of it. The order of its sum depends on the width alone, so the bits of a row
+do not depend on the rows beside it; XLA's do, since it compiles one row otherwise than several.
 
 Shape suffixes: `M` rows, `D` width.
 """
@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from realm_jax.kernels import operand, pallas
-from realm_jax.kernels.operand import Form, Operand
-from realm_jax.kernels.pallas import Shape, load, program_id, store
+from realm_jax.kernels.operand import Columns, Form, Operand
+from realm_jax.kernels.pallas import Shape
 
 MOST_ROWS = 64
 WIDEST = 32768
@@ -40,11 +40,12 @@ def add_norm(
     """
     parts = [part.reshape(-1, x.shape[-1]) for part in (x, more) if part is not None]
     shape = Shape(parts[0].shape, x.dtype)
+    part = operand.choose_part(form) if form else 0
     outs = pallas.call(
-        functools.partial(_add_norm, eps=eps, form=form),
+        functools.partial(_add_norm, eps=eps, form=form, part=part),
         [weight_D, *parts],
         (shape,) * len(parts) + (operand.shapes(form) if form else ()),
-        grid=(form.programs if form else shape.shape[0],),
+        grid=operand.grid(form, part) if form else shape.shape[:1],
         num_warps=operand.warps(x.shape[-1]),
         num_stages=1,
         name="add_norm",
@@ -53,21 +54,30 @@ def add_norm(
     return (total[0] if total else x), normed, Operand(*outs[len(parts) :]) if form else None
 
 
-def _add_norm(weight_ref, *refs, eps: float, form: Form | None) -> None:
-    """One row: of x, or of x and what is added to it; or none."""
+def _add_norm(weight_ref, *refs, eps: float, form: Form | None, part: int) -> None:
+    """A part of a row, or of none; without a form all of it: of x, or of x and what is added to it."""
     count = (len(refs) - 3) // 2 if form else len(refs) // 2
-    parts, (out_ref, *total_ref), operand_refs = refs[:count], refs[count : 2 * count], refs[2 * count :]
-    row, (rows, width) = program_id(0), out_ref.shape
-    column_D = jnp.arange(1 << (width - 1).bit_length(), dtype=jnp.int32)
-    real_D = (column_D < width) & (row < rows)
-    weight_D = load(weight_ref.at[column_D], mask=real_D, other=0).astype(jnp.float32)
-    x_D, *more = (load(ref.at[row, column_D], mask=real_D, other=0).astype(jnp.float32) for ref in parts)
-    if more:
-        total_D = (x_D + more[0]).astype(out_ref.dtype)
-        store(total_ref[0].at[row, column_D], total_D, mask=real_D)
-        x_D = total_D.astype(jnp.float32)
+    x_refs, (out_ref, *total_ref), operand_refs = refs[:count], refs[count : 2 * count], refs[2 * count :]
+    rows, width = out_ref.shape
+    row = operand.own_row(rows)
+
+    def read(columns: Columns) -> tuple[jax.Array, jax.Array]:
+        """The sum in the type of x, and the weights: these are read first, lest they be read when x has come."""
+        weight = columns.load(weight_ref, in_order=True).astype(jnp.float32)
+        x, *more = (columns.load(ref, row, in_order=True) for ref in x_refs)
+        for other in more:
+            x = (x.astype(jnp.float32) + other.astype(jnp.float32)).astype(out_ref.dtype)
+        return x, weight
+
+    whole = operand.columns(0, width, width)
+    own = operand.own_columns(form, part, width) if form else whole
+    x_D, weight_D = read(whole)
+    total, weight = read(own) if form else (x_D, weight_D)
+    x_D = x_D.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.sum(x_D * x_D) * (1 / width) + eps)
-    store(out_ref.at[row, column_D], (x_D * scale * weight_D).astype(out_ref.dtype), mask=real_D)
+    normed = (total.astype(jnp.float32) * scale * weight).astype(out_ref.dtype)
+    for ref, values in zip((out_ref, *total_ref), (normed, total), strict=False):
+        operand.store(ref, own, values)
     if form:
-        pallas.barrier()
-        operand.write(out_ref, *operand_refs, form=form)
+        largest = operand.largest_of([x_D * scale * weight_D])
+        operand.write(normed, largest, *operand_refs, rows=rows, form=form)
