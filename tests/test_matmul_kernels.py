@@ -76,20 +76,25 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it():
 
 
 @pytest.mark.parametrize(
-    ("name", "few_outputs", "dtype"),
+    ("name", "few_outputs", "dtype", "capability"),
     [
-        ("Q8_0", 0, jnp.bfloat16),
-        pytest.param("Q4_K", 0, jnp.bfloat16, marks=pytest.mark.slow),
-        pytest.param("NVFP4", 8192, jnp.bfloat16, marks=pytest.mark.slow),
-        pytest.param("Q6_K", 8192, jnp.float32, marks=pytest.mark.slow),
-        pytest.param("Q2_K", 0, jnp.float32, marks=pytest.mark.slow),
+        ("Q8_0", 0, jnp.bfloat16, "8.0"),
+        ("Q8_0", 8192, jnp.bfloat16, "9.0"),
+        pytest.param("Q4_K", 0, jnp.bfloat16, "9.0", marks=pytest.mark.slow),
+        pytest.param("NVFP4", 8192, jnp.bfloat16, "9.0", marks=pytest.mark.slow),
+        pytest.param("Q6_K", 8192, jnp.float32, "8.0", marks=pytest.mark.slow),
+        pytest.param("Q6_K", 8192, jnp.float32, "9.0", marks=pytest.mark.slow),
+        pytest.param("Q2_K", 0, jnp.float32, "8.0", marks=pytest.mark.slow),
     ],
 )
-def test_turns_of_one_warp_or_of_a_program_each_give_the_bits_of_a_warp_each(name, few_outputs, dtype, monkeypatch):
+def test_turns_of_one_warp_or_of_a_program_each_give_the_bits_of_a_warp_each(
+    name, few_outputs, dtype, capability, monkeypatch
+):
     monkeypatch.setattr(plan, "FEW_OUTPUTS", few_outputs)
+    monkeypatch.setattr(pallas, "capability", lambda: capability)
     x, w, _ = product(name, 17, 150, 512 if name == "Q8_0" else 1024, dtype)
     own = plan.cut(17, dtype, w)
-    assert own.across and own.turns > 1 and own.split == (few_outputs > 0)
+    assert own.across and own.turns > 1 and own.split == (few_outputs > 0) and own.grouped == (capability == "9.0")
     x = x.at[16].multiply(2.0**119)
     quickly_compiled = {"xla_backend_optimization_level": 0}
     product_of = jax.jit(functools.partial(matmul, impl="triton"), compiler_options=quickly_compiled)
@@ -122,6 +127,14 @@ def test_a_jax_without_the_names_that_kernels_need_has_no_kernels(monkeypatch):
 )
 def test_kernels_are_for_gpus_from_ampere_up(capability, serves):
     assert pallas.serves(capability) == serves
+
+
+@pytest.mark.parametrize(("capability", "grouped"), [("8.9", False), ("9.0", True), ("10.0", False), ("12.0", False)])
+def test_warps_multiply_together_where_there_is_such_an_instruction(capability, grouped, monkeypatch):
+    monkeypatch.setattr(pallas, "capability", lambda: capability)
+    own = plan.cut(64, jnp.bfloat16, random_weights("Q4_K", 64, 1024, seed=1))
+    assert own.grouped == grouped and own.across >= 4
+    assert plan.form_of(jnp.zeros((64, 1024), jnp.bfloat16), random_weights("Q4_K", 64, 1024, seed=1)).grouped == grouped
 
 
 def test_zeros_give_zeros():

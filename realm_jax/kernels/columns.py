@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from realm_jax.kernels import fragments, operand, pallas
-from realm_jax.kernels.fragments import Fragment
-from realm_jax.kernels.lanes import Codes, halves_of
+from realm_jax.kernels.fragments import Fragment, SubBlock
+from realm_jax.kernels.lanes import Codes, Reader, halves_of
 from realm_jax.kernels.ring import COPIES, Token, asm, few, flat_index, shared_array
 
 STAGE_INPUTS = 64
@@ -114,24 +114,39 @@ class Stage(NamedTuple):
     group: jax.Array
 
     def add_products(
-        self, totals: Sequence[Fragment], rows: Sequence[Codes], zero: int, sub: int, unit: int, sixteens: range
+        self, totals: Sequence[Fragment], rows: Sequence[Codes], reader: Reader, inputs: range
     ) -> list[Fragment]:
-        """totals of tiles, and the scaled products of a sub-block of a unit in rows g and g + 8 by x.
+        """totals of tiles, and the scaled products of the sub-blocks of some of the stage's inputs in rows g and g + 8
+        by x. inputs: in a step."""
+        found = []
+        for start in inputs[:: reader.sub_block]:
+            unit, place = divmod(start, reader.unit)
+            found.append((unit, place // reader.sub_block, start % STAGE_INPUTS // 16))
+        if self.of.grouped and self.pieces is not None:
+            blocks = [self._sub_block(rows, reader, *one) for one in found]
+            return fragments.add_grouped_products(totals, blocks, reader.zero, self.pieces, 16 * PIECES)
+        for one in found:
+            totals = self._add_sub_block(totals, rows, reader, *one)
+        return list(totals)
 
-        zero: of the format. sixteens: which 16 inputs of the stage that is.
-        """
-        block, half = divmod(sixteens.start, 2)
-        count, scales = len(sixteens), (rows[0].scales[sub], rows[1].scales[sub])
+    def _sub_block(self, rows: Sequence[Codes], reader: Reader, unit: int, sub: int, sixteen: int) -> SubBlock:
+        count, scales = reader.sub_block // 16, (rows[0].scales[sub], rows[1].scales[sub])
         own = slice(sub * count, (sub + 1) * count)
+        words = list(zip(rows[0].words[own], rows[1].words[own], strict=True))
+        raised = (rows[0].raised or (0,) * len(rows[0].words))[own]
+        return SubBlock(words, raised, scales, unit, 2 * fragments.MATRIX_BYTES * sixteen)
+
+    def _add_sub_block(
+        self, totals: Sequence[Fragment], rows: Sequence[Codes], reader: Reader, unit: int, sub: int, sixteen: int
+    ) -> list[Fragment]:
+        """sub: of the unit. sixteen: which 16 inputs of the stage are its first."""
+        block, half = divmod(sixteen, 2)
+        words, raised, scales, *_ = self._sub_block(rows, reader, unit, sub, sixteen)
         if self.pieces is not None:
-            words = list(zip(rows[0].words[own], rows[1].words[own], strict=True))
-            raised = (rows[0].raised or (0,) * len(rows[0].words))[own]
-            within = 2 * fragments.MATRIX_BYTES * half if self.of.grouped else 8 * half
-            offsets = [16 * (PIECES * tile + 32 * block) + within for tile in range(len(totals))]
-            return fragments.add_products(
-                totals, words, zero, raised, self.pieces, offsets, scales, unit, self.of.grouped
-            )
-        low, high = (halves_of(row, zero)[own] for row in rows)
+            offsets = [16 * (PIECES * tile + 32 * block) + 8 * half for tile in range(len(totals))]
+            return fragments.add_products(totals, words, reader.zero, raised, self.pieces, offsets, scales, unit)
+        count = len(words)
+        low, high = (halves_of(row, reader.zero)[sub * count : (sub + 1) * count] for row in rows)
         found = []
         for tile, total in enumerate(totals):
             lane, item = self._thread() % 32, lax.broadcasted_iota(jnp.int32, total.shape, 1)

@@ -9,6 +9,7 @@ thread loads at once; `tests/gpu` holds it. A lane is 4 g + t, g = 0..7 and t = 
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,72 +108,139 @@ def add_products(
     offsets: Sequence[int],
     scales: tuple[Fragment, Fragment],
     unit: int,
-    grouped: bool,
 ) -> list[Fragment]:
     """`add_scaled` to each of the totals of the products of a sub-block: of words of rows g and g + 8, for one or two
     16 of weights, by x in shared memory, at `address` and so many bytes after it. Not for the interpreter.
 
     words, zero, raised: as `lanes.halves_of` has them. Item `unit` of them and of the scales counts. This is one
-    assembly so that codes are unpacked where they are wanted, and not all of a step before. grouped: whether four warps
-    multiply together (Hopper; `wgmma.mma_async`), by x as a grouped `operand.Form` has it.
+    assembly so that codes are unpacked where they are wanted, and not all of a step before.
     """
     many, pairs = len(totals), [word for both in words for word in both]
     first = 4 * many  # of the operands after the results: the address, the totals, words, scales
     word_at, scale_at = 2 * first + 4, 2 * first + 4 + 4 * len(pairs)
-    names = [f"a{4 * i + j}" for i in range(len(words)) for j in range(4)]
-    sums = first if grouped else 4 * TOGETHER
-    text = f"{{ .reg .f32 c<{sums}>; .reg .b32 b<{4 * TOGETHER}>, t, f, z, {', '.join(names)};\n"
+    text = f"{{ .reg .f32 c<{4 * TOGETHER}>; .reg .b32 b<{4 * TOGETHER}>, {UNPACKING}, {_names(len(words))};\n"
     for i, up in enumerate(raised):
-        text += _constants(zero, up) if zero else ""
-        for row in range(2):
-            low, high = names[4 * i + row], names[4 * i + 2 + row]
-            word = f"${word_at + 4 * (2 * i + row) + unit}"
-            text += f"and.b32 {low}, {word}, 0x00FF00FF; shr.u32 t, {word}, 8; and.b32 {high}, t, 0x00FF00FF;\n"
-            text += "".join(_subtracted(half, half, up) for half in (low, high)) if zero else ""
-    lefts = [", ".join(names[4 * i : 4 * i + 4]) for i in range(len(words))]
-    step = many if grouped else TOGETHER
-    for start in range(0, many, step):
-        tiles = range(start, min(many, start + step))
-        multiply = _grouped_products if grouped else _products
-        text += multiply(lefts, f"${first}", [offsets[tile] for tile in tiles])
+        text += _unpacked(i, [f"${word_at + 4 * (2 * i + row) + unit}" for row in range(2)], zero, up)
+    for start in range(0, many, TOGETHER):
+        tiles = range(start, min(many, start + TOGETHER))
+        for j, tile in enumerate(tiles):
+            read = ", ".join(f"b{4 * j + i}" for i in range(2 * len(words)))
+            text += f"ld.shared.v{2 * len(words)}.b32 {{{read}}}, [${first} + {offsets[tile]}];"
+            text += "".join(f"mov.f32 c{4 * j + i}, 0f00000000;" for i in range(4))
+        for i in range(len(words)):
+            for j in range(len(tiles)):
+                sums = ", ".join(f"c{4 * j + k}" for k in range(4))
+                right = f"b{4 * j + 2 * i}, b{4 * j + 2 * i + 1}"
+                text += f"{MMA} {{{sums}}}, {{{_left(i)}}}, {{{right}}}, {{{sums}}};\n"
         for j, tile in enumerate(tiles):
             for i in range(4):
                 total = f"${4 * tile + i}"
                 text += f"fma.rn.f32 {total}, c{4 * j + i}, ${scale_at + 4 * (i // 2) + unit}, {total};"
     constraints = ["=f"] * first + ["r"] * 4 + [f"{i}" for i in range(first)] + ["r"] * (4 * len(pairs)) + ["f"] * 8
     operands = address, *totals, *(word.astype(jnp.int32) for word in pairs), *scales
-    shape, options = pallas.Shape(totals[0].shape, jnp.float32), {"pack": 4, "pure": False, "arrays": many}
-    found = assembly(text + " }", constraints, shape, *operands, **options)
-    return [found] if many == 1 else found
+    return _arrays(text + " }", constraints, totals, operands)
 
 
-def _products(lefts: Sequence[str], address: str, offsets: Sequence[int]) -> str:
-    """Sums c0, c1, ... of a few tiles of x, by `mma`."""
-    text = ""
-    for j, offset in enumerate(offsets):
-        read = ", ".join(f"b{4 * j + i}" for i in range(2 * len(lefts)))
-        text += f"ld.shared.v{2 * len(lefts)}.b32 {{{read}}}, [{address} + {offset}];"
-        text += "".join(f"mov.f32 c{4 * j + i}, 0f00000000;" for i in range(4))
-    for i, left in enumerate(lefts):
-        for j in range(len(offsets)):
-            sums = ", ".join(f"c{4 * j + k}" for k in range(4))
-            text += f"{MMA} {{{sums}}}, {{{left}}}, {{b{4 * j + 2 * i}, b{4 * j + 2 * i + 1}}}, {{{sums}}};\n"
+class SubBlock(NamedTuple):
+    """Of a unit in rows g and g + 8, for `add_grouped_products`: words, raised, scales, unit as `add_products` has them.
+    offset: bytes from the address to its first 16 inputs of the first tile."""
+
+    words: Sequence[tuple[Fragment, Fragment]]
+    raised: Sequence[int]
+    scales: tuple[Fragment, Fragment]
+    unit: int
+    offset: int
+
+
+def add_grouped_products(
+    totals: Sequence[Fragment], blocks: Sequence[SubBlock], zero: int, address: Fragment, apart: int
+) -> list[Fragment]:
+    """`add_products` of several sub-blocks, one after the other, by four warps together (from Hopper on): they read x
+    where it lies, as a grouped `operand.Form` has it, a tile's so many bytes `apart`. Not for the interpreter.
+
+    Tiles are two halves. While the sums of one are scaled, those of the other are on their way: the next sub-block's,
+    then. Source: PTX ISA, "wgmma.mma_async".
+    """
+    many = len(totals)
+    halves = [range(0, many // 2), range(many // 2, many)] if many > 1 else [range(many)]
+    words = list({id(word): word for block in blocks for pair in block.words for word in pair}.values())
+    scales = list({id(scale): scale for block in blocks for scale in block.scales}.values())
+    first = 4 * many  # of the operands after the results: the address, the totals, words, scales
+
+    def item(array: Fragment, unit: int) -> str:
+        """The operand that is that item of a word or a scale."""
+        place = next(i for i, other in enumerate([*words, *scales]) if other is array)
+        return f"${2 * first + 4 + 4 * place + unit}"
+
+    lefts = 2 * max(len(block.words) for block in blocks)  # of this sub-block and of the next
+    text = f"""{{ .reg .f32 c<{first}>; .reg .b64 at, x; .reg .pred more; .reg .b32 {UNPACKING}, {_names(lefts)};
+        shr.u32 t, ${first}, 4; cvt.u64.u32 at, t; add.u64 at, at, {(MATRIX_BYTES >> 4) << 16 | (apart >> 4) << 32};\n"""
+
+    def unpack(number: int) -> str:
+        block = blocks[number]
+        return "".join(
+            _unpacked(i + number % 2 * (lefts // 2), [item(word, block.unit) for word in pair], zero, up)
+            for i, (pair, up) in enumerate(zip(block.words, block.raised, strict=True))
+        )
+
+    def begin(number: int, tiles: range) -> str:
+        sums = ", ".join(f"c{i}" for i in range(4 * tiles.start, 4 * tiles.stop))
+        lines = ["wgmma.fence.sync.aligned;"]
+        for i in range(len(blocks[number].words)):
+            offset = blocks[number].offset + apart * tiles.start + 2 * MATRIX_BYTES * i
+            left = _left(i + number % 2 * (lefts // 2))
+            lines.append(f"""add.u64 x, at, {offset >> 4}; setp.ne.b32 more, {i}, 0;
+                wgmma.mma_async.sync.aligned.m64n{8 * len(tiles)}k16.f32.f16.f16 {{{sums}}}, {{{left}}}, x, more, 1, 1, 0;
+                """)
+        return "".join([*lines, "wgmma.commit_group.sync.aligned;\n"])
+
+    def scaled(number: int, tiles: range) -> str:
+        block = blocks[number]
+        factors = [item(scale, block.unit) for scale in block.scales]
+        return "".join(
+            f"fma.rn.f32 ${i}, c{i}, {factors[i % 4 // 2]}, ${i};" for i in range(4 * tiles.start, 4 * tiles.stop)
+        )
+
+    text += unpack(0) + "".join(begin(0, tiles) for tiles in halves)
+    for number in range(len(blocks)):
+        last = number == len(blocks) - 1
+        text += "" if last else unpack(number + 1)
+        for i, tiles in enumerate(halves):
+            text += f"wgmma.wait_group.sync.aligned {len(halves) - 1 - (i if last else 0)};\n"
+            text += scaled(number, tiles) + ("" if last else begin(number + 1, tiles))
+    constraints = ["=f"] * first + ["r"] * 4 + [f"{i}" for i in range(first)]
+    constraints += ["r"] * (4 * len(words)) + ["f"] * (4 * len(scales))
+    operands = address, *totals, *(word.astype(jnp.int32) for word in words), *scales
+    return _arrays(text + " }", constraints, totals, operands)
+
+
+UNPACKING = "t, f, z"  # registers of `_unpacked`
+
+
+def _names(count: int) -> str:
+    """Registers for so many 16 of weights."""
+    return ", ".join(_left(i) for i in range(count))
+
+
+def _left(number: int) -> str:
+    return ", ".join(f"a{4 * number + j}" for j in range(4))
+
+
+def _unpacked(number: int, words: Sequence[str], zero: int, raised: int) -> str:
+    """What words of rows g and g + 8 hold, in `_left(number)`."""
+    text = _constants(zero, raised) if zero else ""
+    for row, word in enumerate(words):
+        low, high = f"a{4 * number + row}", f"a{4 * number + 2 + row}"
+        text += f"and.b32 {low}, {word}, 0x00FF00FF; shr.u32 t, {word}, 8; and.b32 {high}, t, 0x00FF00FF;\n"
+        text += "".join(_subtracted(half, half, raised) for half in (low, high)) if zero else ""
     return text
 
 
-def _grouped_products(lefts: Sequence[str], address: str, offsets: Sequence[int]) -> str:
-    """The same by four warps together, which read x where it lies: sixteens of inputs follow each other, each as two
-    matrices of eight columns by eight inputs."""
-    apart = offsets[1] - offsets[0] if len(offsets) > 1 else 0
-    where = (MATRIX_BYTES >> 4) << 16 | (apart >> 4) << 32
-    sums = ", ".join(f"c{i}" for i in range(4 * len(offsets)))
-    text = f"""{{ .reg .b64 at, x; .reg .pred more; shr.u32 t, {address}, 4; cvt.u64.u32 at, t;
-        add.u64 at, at, {where + (offsets[0] >> 4)}; setp.ne.b32 more, 0, 0; wgmma.fence.sync.aligned;\n"""
-    for i, left in enumerate(lefts):
-        text += f"add.u64 x, at, {2 * MATRIX_BYTES * i >> 4}; setp.eq.b32 more, {i}, 1;"
-        text += f"wgmma.mma_async.sync.aligned.m64n{8 * len(offsets)}k16.f32.f16.f16 {{{sums}}}, {{{left}}}, x, more, "
-        text += "1, 1, 0;\n"
-    return text + "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; }\n"
+def _arrays(text: str, constraints: list[str], totals: Sequence[Fragment], operands: Sequence[jax.Array]) -> list:
+    """What the text leaves in its results, as arrays like the totals."""
+    shape, options = pallas.Shape(totals[0].shape, jnp.float32), {"pack": 4, "pure": False, "arrays": len(totals)}
+    found = assembly(text, constraints, shape, *operands, **options)
+    return [found] if len(totals) == 1 else found
 
 
 def by_column(even: Fragment, odd: Fragment, unit: int) -> Fragment:

@@ -62,9 +62,9 @@ def capability() -> str:
     return min(known, key=lambda found: tuple(map(int, found.split("."))), default=OLDEST)
 
 
-def from_hopper() -> bool:
-    """Whether the GPU that is traced for is of compute capability 9.0 or later."""
-    return int(capability().partition(".")[0]) >= 9
+def is_hopper() -> bool:
+    """Whether the GPU that is traced for is of compute capability 9: some of its instructions no other has."""
+    return capability().partition(".")[0] == "9"
 
 
 def multiprocessors() -> int:

@@ -23,8 +23,8 @@ MOST_ROWS = 64  # of x
 LONE_OUTPUTS = 2048  # at most: 128 programs, not one for each multiprocessor of an H100
 WIDE_TILES = 2  # of columns: from so many on warps read x together
 WIDE_SHAPES = (3, 8), (3, 4), (2, 8), (2, 4), (3, 2), (2, 2)  # x_stages and across; the first that fits is taken
-GROUPED_SHAPES = (6, 16), (5, 16), (6, 8), (5, 8), (3, 8), (6, 4), (3, 4)  # likewise, where four warps multiply together
-GROUPED_BYTES = 200 * 1024  # of shared memory of a program then: it runs alone
+GROUPED_SHAPES = (4, 16), (3, 16), (4, 8), (3, 8), (4, 4), (3, 4)  # likewise, where four warps multiply together
+GROUPED_BYTES = 220 * 1024  # of shared memory of a program then: it may run alone
 
 
 class Plan(NamedTuple):
@@ -101,7 +101,7 @@ def plan(rows: int, dtype: jnp.dtype, w: QuantizedTensor, tiles: Tiles | None = 
 def wide(narrow: Plan, w: QuantizedTensor, most: int) -> Plan:
     """The same sums by warps that have rows of their own and read x together, `most` of them in a program; `narrow`
     again, where that cannot be."""
-    reader, grouped = codes.READERS[w.format], pallas.from_hopper()
+    reader, grouped = codes.READERS[w.format], pallas.is_hopper()
     tiles = min(narrow.tiles, 2 if reader.offsets and reader.sub_block == 16 else 8)
     step_bytes = 4 * reader.unit * ROWS * w.nbytes / w.size
     if not grouped or reader.unit > 64:  # with 16 a thread has 128 registers
@@ -110,6 +110,7 @@ def wide(narrow: Plan, w: QuantizedTensor, most: int) -> Plan:
         # What is put of w comes with the newest stage of x.
         stages = -(-(x_stages - 1) * columns.STAGE_INPUTS // (4 * reader.unit))
         needed = across * stages * step_bytes + columns.nbytes(tiles, x_stages, reader.mins)
+        needed += 512 * across * tiles if grouped else 0  # sums of turns
         fits = needed <= (GROUPED_BYTES if grouped else MOST_BYTES)
         if narrow.tiles >= WIDE_TILES and across <= most and fits:
             split = narrow.turns > 1 and narrow.outputs <= FEW_OUTPUTS

@@ -11,13 +11,14 @@ from realm_jax.kernels.fragments import Fragment
 from realm_jax.kernels.lanes import coordinates
 from realm_jax.kernels.operand import LOW
 from realm_jax.kernels.plan import ROWS, Plan, grid_of
+from realm_jax.kernels.turns import shared
 
 
 def shapes(own: Plan, outputs: tuple[int, ...], dtype: jnp.dtype) -> tuple[pallas.Shape, ...]:
-    """What a launch leaves: results (M, N), or kept sums, for each of the weights; last, if any, sums that wait."""
+    """What a launch leaves: results (M, N), or kept sums, for each of the weights; last, if any, sums that wait in memory."""
     of_turns = [pallas.Shape((own.turns, 8 * own.tiles, count), jnp.float32) for count in outputs]
     left = of_turns if own.split else [pallas.Shape((own.rows, count), dtype) for count in outputs]
-    if own.waits:
+    if own.waits and not shared(own):
         programs, tiled, _ = grid_of(own, outputs)
         waiting = programs, tiled * own.program_tiles, 32 * own.warps, 4
         left.append(pallas.Shape(waiting, jnp.float32))

@@ -22,6 +22,7 @@ from realm_jax.kernels.mins import add_mins
 from realm_jax.kernels.plan import GROUPED_BYTES, Plan, grid_of
 from realm_jax.kernels.results import keep, store
 from realm_jax.kernels.ring import commit, together
+from realm_jax.kernels.turns import Held, InMemory, InShared, Waiting, shared
 
 Tokens = tuple[jax.Array | None, jax.Array | None]  # of what is read ahead of w and of x
 Totals = tuple[Fragment, ...]  # of tiles
@@ -31,7 +32,7 @@ def kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], asked: prefe
     """One program: `own.program_rows` rows of one of the weights, one turn of K or all, `own.program_tiles` tiles of
     eight columns."""
     later, refs = refs[: len(asked.counts)], refs[len(asked.counts) :]
-    count = len(outputs) + own.waits
+    count = len(outputs) + (own.waits and not shared(own))
     (pieces_ref, sums_ref, back_ref, *plane_refs), left_refs = refs[:-count], refs[-count:]
     turn, turns = (pallas.program_id(2), 1) if own.split else (jnp.int32(0), own.turns)
     first_tile, tiles = pallas.program_id(1) * own.program_tiles, own.program_tiles
@@ -74,41 +75,33 @@ def kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], asked: prefe
         return (of_w, of_x), tuple(add_mins(totals, rows, there.pairs, own.pieces, zero)) if reader.mins else totals
 
     def add_part(totals: Totals, rows: list[Codes], there: Stage, part: int) -> Totals:
-        for first in range(0, STAGE_INPUTS, reader.sub_block):
-            unit, place = divmod(part * STAGE_INPUTS + first, reader.unit)
-            sub, sixteens = place // reader.sub_block, range(first // 16, (first + reader.sub_block) // 16)
-            totals = tuple(there.add_products(totals, rows, reader.zero, sub, unit, sixteens))
+        size = reader.sub_block if reader.offsets else STAGE_INPUTS  # offsets come after their own sub-block
+        for first in range(part * STAGE_INPUTS, (part + 1) * STAGE_INPUTS, size):
+            totals = tuple(there.add_products(totals, rows, reader, range(first, first + size)))
             if reader.offsets:
-                totals = tuple(add_offsets(y, rows, there, tile, sub, unit) for tile, y in enumerate(totals))
+                unit, place = divmod(first, reader.unit)
+                at = place // reader.sub_block, unit
+                totals = tuple(add_offsets(y, rows, there, tile, *at) for tile, y in enumerate(totals))
         return totals
 
     def add_offsets(total: Fragment, rows: list[Codes], there: Stage, tile: int, sub: int, unit: int) -> Fragment:
         sums = fragments.by_column(*there.offsets(tile, sub), unit)
         return fragments.add_scaled(sums, *(row.offsets[sub] for row in rows), total, unit, False)
 
-    program = pallas.program_id(0)  # which the interpreter does not know inside of loops
-    thread, item = (lax.broadcasted_iota(jnp.int32, zero.shape, axis) for axis in (0, 1))
-
-    def waiting(tile: int) -> Any:
-        """Where the sums of a tile are between turns."""
-        place = (jnp.broadcast_to(i, zero.shape) for i in (program, first_tile + tile))
-        return left_refs[-1].at[(*place, thread, item)]
-
-    def take_turn(number: jax.Array, tokens: Tokens) -> Tokens:
-        """Adds its sums to those of the turns before, which wait in memory: a thread reads what it has written."""
+    def take_turn(number: jax.Array, carry: tuple[Tokens, Held]) -> tuple[Tokens, Held]:
+        tokens, held = carry
         begun = number * own.steps
         tokens, sums = lax.fori_loop(begun, begun + own.steps, take_step, (tokens, (zero,) * tiles))
-        for tile, own_sums in enumerate(sums):
-            at = waiting(tile)
-            before = pallas.load(at, mask=jnp.broadcast_to(number > 0, own_sums.shape), other=-0.0)
-            pallas.store(at, before + own_sums)
-        return tokens
+        return tokens, waiting.add(held, sums, number)
 
-    if turns == 1:
-        _, totals = lax.fori_loop(0, own.steps, take_step, (begin(), (zero,) * tiles))
+    if own.waits:
+        waiting: Waiting = InShared(own)
+        if not shared(own):
+            waiting = InMemory(left_refs[-1], pallas.program_id(0), first_tile, own)
+        _, held = lax.fori_loop(0, turns, take_turn, (begin(), waiting.begin()))
+        totals = waiting.take(held)
     else:
-        lax.fori_loop(0, turns, take_turn, begin())
-        totals = [pallas.load(waiting(tile)) for tile in range(tiles)]
+        _, totals = lax.fori_loop(0, own.steps, take_step, (begin(), (zero,) * tiles))
     prefetch.fetch(later, asked, grid_of(own, outputs), own.warps)
     for tile, total in enumerate(totals):
         for number, y_ref in enumerate(left_refs[: len(outputs)]):

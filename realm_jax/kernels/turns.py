@@ -1,0 +1,103 @@
+"""Sums of turns that wait for those of later ones, where a program takes all turns of its rows one after the other: a
+thread adds up what it has itself, in memory or, where that is large enough, in shared memory. Called by `triton_wide`.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from realm_jax.kernels import pallas
+from realm_jax.kernels.assembly import assembly
+from realm_jax.kernels.fragments import Fragment
+from realm_jax.kernels.plan import Plan
+from realm_jax.kernels.ring import COPIES, asm, shared_array
+
+Held = Any  # what the place of the sums is known by, from turn to turn
+
+
+class Waiting(Protocol):
+    def begin(self) -> Held:
+        """Before the first turn."""
+
+    def add(self, held: Held, sums: Sequence[Fragment], number: jax.Array) -> Held:
+        """Adds the sums of turn `number`, of all tiles, to those of the turns before."""
+
+    def take(self, held: Held) -> list[Fragment]:
+        """The sums of all turns."""
+
+
+def shared(own: Plan) -> bool:
+    """Whether they wait in shared memory: where four warps multiply together, which may have so much of it."""
+    return own.grouped and not pallas.interpreting()
+
+
+class InMemory(NamedTuple):
+    """ref: (programs, tiles, threads, 4) float32. program, first_tile: of a kernel, which the interpreter does not know
+    inside of loops."""
+
+    ref: Any
+    program: jax.Array
+    first_tile: jax.Array
+    own: Plan
+
+    def begin(self) -> None:
+        return None
+
+    def _at(self, tile: int) -> Any:
+        shape = 32 * self.own.warps, 4
+        thread, item = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+        place = (jnp.broadcast_to(i, shape) for i in (self.program, self.first_tile + tile))
+        return self.ref.at[(*place, thread, item)]
+
+    def add(self, held: None, sums: Sequence[Fragment], number: jax.Array) -> None:
+        for tile, own_sums in enumerate(sums):
+            mask = jnp.broadcast_to(number > 0, own_sums.shape)
+            before = pallas.load(self._at(tile), mask=mask, other=-0.0)
+            pallas.store(self._at(tile), before + own_sums)
+        return held
+
+    def take(self, held: None) -> list[Fragment]:
+        return [pallas.load(self._at(tile)) for tile in range(self.own.program_tiles)]
+
+
+class InShared(NamedTuple):
+    """What is held is the address of a thread's first tile, four times."""
+
+    own: Plan
+
+    def begin(self) -> Fragment:
+        threads = 32 * self.own.warps
+        start = shared_array("turns", self.own.program_tiles * self._apart, threads)
+        text, own = f"{{ .reg .b32 a; add.u32 a, $4, $5; {COPIES} }}", 16 * lax.iota(jnp.int32, threads)
+        return asm(text, ["=&r"] * 4 + ["r"] * 2, start, own, results=4)
+
+    @property
+    def _apart(self) -> int:
+        """Bytes from a tile to the next: threads that follow each other have neighbouring places."""
+        return 16 * 32 * self.own.warps
+
+    def add(self, held: Fragment, sums: Sequence[Fragment], number: jax.Array) -> Fragment:
+        lines = [".reg .pred later; .reg .f32 c<4>; setp.gt.s32 later, $8, 0;"]
+        for tile in range(len(sums)):
+            address, first = f"[$4 + {tile * self._apart}]", 12 + 4 * tile
+            lines += [f"mov.b32 c{i}, 0x80000000;" for i in range(4)]
+            lines += [f"@later ld.shared.v4.f32 {{c0, c1, c2, c3}}, {address};"]
+            lines += [f"add.rn.f32 c{i}, c{i}, ${first + i};" for i in range(4)]
+            lines += [f"st.shared.v4.f32 {address}, {{c0, c1, c2, c3}};"]
+        constraints = ["=r"] * 4 + [f"{i}" for i in range(4)] + ["r"] * 4 + ["f"] * (4 * len(sums))
+        operands, shape = (held, jnp.broadcast_to(number, held.shape), *sums), pallas.Shape(held.shape, jnp.int32)
+        text = f"{{ {' '.join(lines)} mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7; }}"
+        return assembly(text, constraints, shape, *operands, pack=4, pure=False)
+
+    def take(self, held: Fragment) -> list[Fragment]:
+        shape = pallas.Shape(held.shape, jnp.float32)
+        return [
+            assembly(
+                f"ld.shared.v4.f32 {{$0, $1, $2, $3}}, [$4 + {tile * self._apart}];",
+                ["=&f"] * 4 + ["r"] * 4, shape, held, pack=4, pure=False,
+            )
+            for tile in range(self.own.program_tiles)
+        ]  # fmt: skip
