@@ -20,6 +20,7 @@ from realm_jax.kernels import assembly
 load, store, program_id, ds = plt.load, plt.store, pl.program_id, pl.ds
 Shape = jax.ShapeDtypeStruct
 OLDEST = "8.0"  # compute capability of Ampere
+H100_MULTIPROCESSORS = 132
 OVERLAP = "REALM_OVERLAP"  # 0: launches do not overlap
 
 _interpreting = False
@@ -67,6 +68,15 @@ def capability() -> str:
 def from_hopper() -> bool:
     """Whether the GPU that is traced for is of compute capability 9.0 or later."""
     return int(capability().partition(".")[0]) >= 9
+
+
+def multiprocessors() -> int:
+    """Of the GPU that is traced for, be it here or not: an H100's where JAX does not say; in the interpreter 1, so that
+    programs there are few, too."""
+    if _interpreting:
+        return 1
+    devices = jax.config.jax_default_device, *jax.devices()
+    return next((count for device in devices if (count := getattr(device, "core_count", 0))), H100_MULTIPROCESSORS)
 
 
 def call(

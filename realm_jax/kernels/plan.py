@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from realm_jax.kernels import codes, columns, pallas
 from realm_jax.kernels.lanes import Reader
@@ -31,7 +32,9 @@ class Plan(NamedTuple):
     rows, width, outputs: M, K, N. pieces: columns that a row of x takes. turns: in which a row is summed, `steps` times
     a group of four units each. tiles: of eight columns. program_tiles: of a program. stages: steps that a warp reads
     ahead, with the one it is at; fewer, if they do not fit. across: 0, or how many warps of a program have ROWS rows of
-    w each, for all turns; then, x_stages: of `Columns`. split: whether each turn is a program of its own.
+    w each, for all turns; then, x_stages: of `Columns`. split: whether each turn is a program of its own. resident: 0,
+    or for how many programs a multiprocessor has room, of `multiprocessors`: if there are more tiles of ROWS rows, each
+    program takes several.
     """
 
     rows: int
@@ -46,6 +49,8 @@ class Plan(NamedTuple):
     across: int = 0
     x_stages: int = 0
     split: bool = False
+    resident: int = 0
+    multiprocessors: int = 1
 
     @property
     def warps(self) -> int:
@@ -91,7 +96,10 @@ def plan(rows: int, dtype: jnp.dtype, w: QuantizedTensor, tiles: Tiles | None = 
     pieces = pieces_of(dtype)
     steps, of_x = -(-groups // turns), -(-rows * pieces // 8)
     most = 8 if reader.sub_block == 32 else 2 if reader.offsets else 4  # what its registers hold
-    return Plan(rows, width, outputs, pieces, turns, steps, of_x, min(of_x, most), min(tiles.stages, steps))
+    own = Plan(rows, width, outputs, pieces, turns, steps, of_x, min(of_x, most), tiles.stages)
+    if of_x > 1 or not tiles.resident:
+        return own
+    return own._replace(resident=max(1, tiles.resident // turns), multiprocessors=pallas.multiprocessors())
 
 
 def wide(narrow: Plan, w: QuantizedTensor, most: int) -> Plan:
@@ -107,7 +115,7 @@ def wide(narrow: Plan, w: QuantizedTensor, most: int) -> Plan:
         if narrow.tiles >= WIDE_TILES and across <= most and needed <= MOST_BYTES:
             split = narrow.turns > 1 and narrow.outputs <= FEW_OUTPUTS
             own = {"stages": stages, "across": across, "x_stages": x_stages, "split": split}
-            return narrow._replace(program_tiles=tiles, **own)
+            return narrow._replace(program_tiles=tiles, resident=0, **own)
     return narrow
 
 
@@ -124,13 +132,39 @@ def form_of(x: jax.Array, w: QuantizedTensor) -> Form:
 
 def grid_of(own: Plan, outputs: tuple[int, ...]) -> tuple[int, int, int]:
     """Programs of a launch, by rows of w, columns and turns."""
-    programs = sum(-(-count // own.program_rows) for count in outputs)
+    tiles = tiles_of(own, outputs)
+    rounds = [-(-tiles // (own.multiprocessors * own.resident)) if own.resident else 1]
+    programs = tiles if rounds == [1] else own.multiprocessors * _fewer(own, tiles)
     return programs, -(-own.tiles // own.program_tiles), own.turns if own.split else 1
 
 
-def own_rows(outputs: tuple[int, ...], program_rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Which of the weights a program multiplies by, from which row on, and how many rows that has."""
-    which, first, most = pallas.find_range(pallas.program_id(0), [-(-n // program_rows) for n in outputs], outputs)
+def _fewer(own: Plan, tiles: int) -> int:
+    """Of programs a multiprocessor has at a time, as many as there is room for, or down to half of them, where they
+    are less idle in the last round of tiles."""
+    counts = range(own.resident, own.resident // 2, -1)
+    return min(counts, key=lambda count: -(-tiles // (own.multiprocessors * count)) * count)
+
+
+def tiles_of(own: Plan, outputs: tuple[int, ...]) -> int:
+    """Of rows of all weights of a launch."""
+    return sum(-(-count // own.program_rows) for count in outputs)
+
+
+def own_tiles(own: Plan, outputs: tuple[int, ...]) -> jax.Array | int:
+    """How many tiles of rows a program takes: number p of P takes p, p + P, and so on. 1, if no program has more."""
+    tiles, (programs, *_) = tiles_of(own, outputs), grid_of(own, outputs)
+    if tiles <= programs:
+        return 1
+    return lax.div(tiles - 1 - pallas.program_id(0), jnp.int32(programs)) + 1
+
+
+def own_rows(
+    outputs: tuple[int, ...], program_rows: int, tile: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Which of the weights a program multiplies by, from which row on, and how many rows that has. tile: of rows, of
+    all; None: the number of the program."""
+    tile = pallas.program_id(0) if tile is None else tile
+    which, first, most = pallas.find_range(tile, [-(-n // program_rows) for n in outputs], outputs)
     return which, first * program_rows, most
 
 

@@ -14,20 +14,20 @@ Shape key: `M` rows of x, `N` output features, `K` input features, `P` threads o
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from realm_jax.kernels import codes, fragments, pallas, prefetch, triton_wide
-from realm_jax.kernels.ahead import Ahead, matrix_of, place_of_pairs, places_of_pieces, places_of_sums
+from realm_jax.kernels.ahead import AheadOfTiles, Rows, matrix_of, place_of_pairs, places_of_pieces, places_of_sums
 from realm_jax.kernels.lanes import coordinates, halves_of
 from realm_jax.kernels.mins import add_mins
 from realm_jax.kernels.operand import Prepared, operand_of
-from realm_jax.kernels.plan import Plan, clipped, cut, grid_of
+from realm_jax.kernels.plan import Plan, clipped, cut, grid_of, own_tiles
 from realm_jax.kernels.results import added, shapes, store
-from realm_jax.kernels.ring import Place, read_few
+from realm_jax.kernels.ring import Place, Token, read_few
 from realm_jax.kernels.tiles import Tiles, find
 from realm_jax.quant.tensor import QuantizedTensor
 
@@ -113,11 +113,12 @@ def _launch(
 
 
 def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], asked: prefetch.Request) -> None:
-    """One program: ROWS rows of one of the weights, all of K, `own.program_tiles` tiles of eight columns."""
+    """One program: ROWS rows of one of the weights at a time, `own_tiles` times, all of K, `own.program_tiles` tiles of
+    eight columns."""
     later, refs = refs[: len(asked.counts)], refs[len(asked.counts) :]
     pieces_ref, sums_ref, back_ref, *plane_refs = refs[: -len(outputs)]
-    matrix, which = matrix_of(plane_refs, own, format, outputs, own.group)
-    reader = matrix.reader
+    reader, count = codes.READERS[format], own_tiles(own, outputs)
+    program, programs = pallas.program_id(0), grid_of(own, outputs)[0]
     first_tile, tiles = pallas.program_id(1) * own.program_tiles, own.program_tiles
     thread, item = (lax.broadcasted_iota(jnp.int32, (32 * own.warps, 4), axis) for axis in (0, 1))
     warp, _, t, lane_id = coordinates(thread)
@@ -140,7 +141,12 @@ def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], asked: pref
         at = everywhere(clipped(first_tile + tile, own)), 2 * t + column, everywhere(sub), 4 * place + item
         return pallas.load(sums_ref.at[at])
 
-    def places(s: jax.Array) -> list[list[Place | None]]:
+    def rows_of(number: jax.Array) -> tuple[Rows, jax.Array]:
+        """Of a tile of the program, and of which of the weights they are."""
+        tile = program if isinstance(count, int) else program + number * programs
+        return matrix_of(plane_refs, own, format, outputs, own.group, tile)
+
+    def places_of_x(s: jax.Array) -> list[Place | None]:
         x = []
         if early:
             x = places_of_pieces(pieces_ref, s, blocks, live, own.warps)
@@ -148,17 +154,16 @@ def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], asked: pref
                 x.append(pairs_place(0, s))
             elif reader.offsets:
                 x += places_of_sums(sums_ref, s, live, own.pieces, own.warps)
-        return [*matrix.places(s), x]
+        return x
 
     def pairs_place(tile: int, s: jax.Array) -> Place:
         return place_of_pairs(sums_ref, clipped(first_tile + tile, own), s, live, own.warps)
 
-    ahead = Ahead(places, own.warps, own.steps, own.stages)
+    ahead = AheadOfTiles(lambda number: rows_of(number)[0], places_of_x, count, own)
 
-    def step(s: jax.Array, carry: tuple) -> tuple:
-        token, totals = carry
-        token, (*taken, x) = ahead.next(token, s)
-        rows = matrix.read(s, taken)
+    def step(matrix: Rows, s: jax.Array, given: list[list], totals: Sequence[fragments.Fragment]) -> list:
+        *taken, x = given
+        rows, totals = matrix.read(s, taken), list(totals)
         parts = [halves_of(row, reader.zero) for row in rows]
         place = s * own.warps + warp
         for unit in range(4):
@@ -166,7 +171,7 @@ def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], asked: pref
                 add_sub_block(unit, sub, rows, parts, x, place, totals)
         if reader.mins:
             totals = add_mins(totals, rows, lambda tile: pairs(tile, x, s), own.pieces, zero, live == 1)
-        return token, totals
+        return totals
 
     def pairs(tile: int, x: list, s: jax.Array) -> jax.Array:
         return x[blocks] if early else read_few(pairs_place(tile, s))
@@ -193,9 +198,28 @@ def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], asked: pref
             return [load_sums(tile, sub, column, place) for column in range(2)]
         return [zero if items is None else items for items in x[blocks + 2 * sub : blocks + 2 * sub + 2]]
 
-    _, totals = lax.fori_loop(0, own.steps, step, (ahead.begin(), [zero] * tiles))
-    prefetch.fetch(later, asked, grid_of(own, outputs), own.warps)
-    for tile, total in enumerate(totals):
-        total = fragments.sum_over_warps(total, own.warps)
-        for number, y_ref in enumerate(refs[-len(outputs) :]):
-            store(y_ref, back_ref, total, matrix.first, first_tile + tile, own, which == number)
+    def sum_up(number: jax.Array, token: Token | None) -> tuple[Token | None, Callable[[], None]]:
+        """All steps of a tile, and what then leaves its results."""
+        matrix, which = rows_of(number)
+        token, totals = ahead.over_steps(number, matrix, functools.partial(step, matrix), token, [zero] * tiles)
+
+        def leave() -> None:
+            for tile, total in enumerate(totals):
+                total = fragments.sum_over_warps(total, own.warps, number if ahead.several else None)
+                for place, y_ref in enumerate(refs[-len(outputs) :]):
+                    store(y_ref, back_ref, total, matrix.first, first_tile + tile, own, which == place)
+
+        return token, leave
+
+    def take_tile(number: jax.Array, token: Token | None) -> Token | None:
+        token, leave = sum_up(number, token)
+        leave()
+        return token
+
+    if ahead.several:
+        lax.fori_loop(0, count, take_tile, ahead.begin())
+        prefetch.fetch(later, asked, grid_of(own, outputs), own.warps)
+    else:
+        _, leave = sum_up(jnp.int32(0), ahead.begin())
+        prefetch.fetch(later, asked, grid_of(own, outputs), own.warps)
+        leave()
