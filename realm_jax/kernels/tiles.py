@@ -32,8 +32,8 @@ class Tiles(NamedTuple):
     """warps: that take turns along a row of w, at most; fewer where it has not enough for them. stages: of the ring
     that is read ahead. most_rows: of x, up to which the fused kernel serves; above it weights are dequantized first
     (`dense`). across: warps of a program that read x together where that is more than a tile, at most; 0: none do.
-    resident: programs that a multiprocessor has at a time, at most, where x is a tile; 0: a program takes one tile of
-    rows of w, and there are as many as there are tiles.
+    resident: warps that a multiprocessor has at a time, at most, of programs that take several tiles of rows of w, where
+    x is one tile of columns; 0: there is a program for each tile of rows.
     """
 
     warps: int
@@ -48,7 +48,7 @@ ALLOWED = {
     "stages": (range(2, 7), "2 to 6"),
     "most_rows": (range(64, 257), "64 to 256"),
     "across": ((0, 2, 4, 8), "0, 2, 4 or 8"),
-    "resident": (range(17), "0 to 16"),
+    "resident": (range(65), "0 to 64"),
 }
 Table = dict[str, dict[str, dict[str, Tiles]]]  # device kind -> format -> class of shape
 
