@@ -2,9 +2,10 @@
 
     python experiments/tune_kernels.py [CONFIG] [--set 'formats=["Q4_K"]' ...] [--set out=realm_jax/kernels/tiles.json]
 
-For each format and class of shape every candidate (warps x stages x resident) is timed at the first number of rows, and the best
-few, with each number of warps across, at all of them; the one whose weighted times are the least is taken. That one is
-compared with dequantizing first at growing numbers of rows: `most_rows` is the last up to which it is never slower.
+For each format and class of shape every candidate (warps x stages x resident) is timed at the first number of rows, the
+best few, with each number of warps across, at all of them; the one whose weighted times are the least is taken. That
+one is compared with dequantizing first at growing numbers of rows: `most_rows` is the last up to which it is never
+slower.
 After each format the file is merged into and written anew, so a run can be stopped and resumed, or do a few formats at
 a time. results.md has all times, as `product_times` measures them.
 """

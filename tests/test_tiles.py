@@ -107,7 +107,10 @@ def test_text_reads_back_with_an_entry_a_line():
         ({"GPU": 3}, "GPU: want a table, not 3"),
         ({"GPU": {"Q9": {}}}, "GPU: Q9: no block format; known: "),
         ({"GPU": {"Q4_K": {"tall": FEW}}}, "GPU: Q4_K: tall: no class of shape; known: few outputs"),
-        ({"GPU": {"Q4_K": {SMALL: {"warps": 4}}}}, f"{SMALL}: want warps, stages, most_rows, across, resident and nothing else"),
+        (
+            {"GPU": {"Q4_K": {SMALL: {"warps": 4}}}},
+            f"{SMALL}: want warps, stages, most_rows, across, resident and nothing else",
+        ),
         ({"GPU": {"Q4_K": {SMALL: FEW | {"warps": 3}}}}, f"GPU: Q4_K: {SMALL}: warps is 3; want 1, 2, 4, 8 or 16"),
         ({"GPU": {"Q4_K": {SMALL: FEW | {"stages": True}}}}, "stages is True; want 2 to 6"),
         ({"GPU": {"Q4_K": {SMALL: FEW | {"most_rows": 512}}}}, "most_rows is 512; want 64 to 256"),
@@ -217,8 +220,8 @@ def test_the_least_weighted_time_is_taken_and_merged_into_the_file(tmp_path, clo
         encoding="utf-8",
     )
     settings = [
-        'formats=["Q4_0", "Q8_0"]', "shapes=[[16, 64]]", "warps=[2, 4]", "stages=[2, 3]", "across=[8, 4]", "resident=[0, 16]",
-        "rows=[1, 8]", "weights=[0.5, 0.5]", "finalists=2", "gigabytes=0.0", f"out={out}",
+        'formats=["Q4_0", "Q8_0"]', "shapes=[[16, 64]]", "warps=[2, 4]", "stages=[2, 3]", "across=[8, 4]",
+        "resident=[0, 16]", "rows=[1, 8]", "weights=[0.5, 0.5]", "finalists=2", "gigabytes=0.0", f"out={out}",
     ]  # fmt: skip
     run(tmp_path, *settings)
     # 4 warps are quicker at one row by 3%, half as quick at eight, where 4 across are better than 8; at 128 rows dense

@@ -13,19 +13,27 @@ from jax import lax
 from realm_jax.kernels import codes, pallas
 from realm_jax.kernels.assembly import chosen
 from realm_jax.kernels.lanes import Codes, Lane, Reader, coordinates, places
-from realm_jax.kernels.plan import ROWS, Plan, own_rows
-from realm_jax.kernels.ring import Place, Ring, Slots, Token, commit, read_now, together
+from realm_jax.kernels.plan import ROWS, Plan, neighbours, own_rows, own_tiles, ring_bytes, rows_of_programs
+from realm_jax.kernels.results import ask_for
+from realm_jax.kernels.ring import MOST_BYTES, Place, Ring, Slots, Token, commit, read_now, together
+
+IN_FLIGHT = 48 * 1024  # bytes that a multiprocessor waits for, at least, all the time
 
 
 class Ahead:
     """What steps read, put in a ring ahead of time. In the interpreter w is read when it is wanted."""
 
     def __init__(
-        self, places: Callable[[jax.Array], list[list[Place | None]]], warps: int, steps: int, stages: int
+        self,
+        places: Callable[[jax.Array], list[list[Place | None]]],
+        warps: int,
+        steps: int,
+        stages: int,
+        most_bytes: int = MOST_BYTES,
     ) -> None:
         self.places, self.steps = places, steps
         copied = [] if pallas.interpreting() else _there(places(jnp.int32(0)))
-        self.ring = Ring(copied, warps, stages) if copied else None
+        self.ring = Ring(copied, warps, stages, most_bytes) if copied else None
         self.ahead = 0 if self.ring is None else self.ring.stages - 1
 
     def start(self) -> Token | None:
@@ -51,24 +59,65 @@ class Ahead:
 
 
 class AheadOfTiles(Ahead):
-    """As `Ahead`, where a program takes `count` tiles of rows of w one after the other (1: it is known to take one),
-    `steps` each. The ring goes on from tile to tile: while the sums of one are added up and stored, the first steps of
-    the next are on their way.
+    """As `Ahead`, where a program takes tiles of rows of w one after the other, or knows that it takes one. The ring
+    goes on from tile to tile: while the sums of one are added up and stored, the first steps of the next are on their
+    way.
 
-    rows: number of a tile of the program -> its rows. beside: step of a tile -> what else it reads, the same for all.
+    rows: number of a tile, of all of the launch -> its rows, and of which of the weights they are. beside: step -> what
+    else it reads, the same in each tile. outputs: of the weights of the launch.
     """
 
     def __init__(
         self,
-        rows: Callable[[jax.Array], "Rows"],
+        rows: Callable[[jax.Array], tuple["Rows", jax.Array]],
         beside: Callable[[jax.Array], list[Place | None]],
-        count: jax.Array | int,
         own: Plan,
+        outputs: tuple[int, ...],
     ) -> None:
-        self.rows, self.beside, self.count = rows, beside, count
-        self.several = not isinstance(count, int)
-        stages = own.stages if self.several else min(own.stages, own.steps)
-        super().__init__(functools.partial(self._places, rows(jnp.int32(0))), own.warps, own.steps, stages)
+        self.rows_of, self.beside = rows, beside
+        self.program, self.programs = pallas.program_id(0), rows_of_programs(own, outputs)
+        self.count = own_tiles(own, outputs)
+        self.several = not isinstance(self.count, int)
+        places, most = functools.partial(self._places, self.rows(0)[0]), ring_bytes(own, outputs)
+        super().__init__(places, own.warps, own.steps, min(own.stages, own.steps), most)
+        if self.several and self.ring is not None:
+            copied, begun = _there(places(jnp.int32(0))), self.ring.stage_bytes * neighbours(own, outputs)
+            stages = max(own.stages, 2 if begun >= IN_FLIGHT else 4)
+            self.ring = Ring(copied, own.warps, stages, most)
+            self.ahead = self.ring.stages - 1
+
+    def over_tiles(
+        self,
+        step: Callable[["Rows", jax.Array, list[list], list], list],
+        finish: Callable[["Rows", jax.Array, list, jax.Array | None], list],
+        zeros: list,
+        fetch: Callable[[], None] = lambda: None,
+    ) -> None:
+        """All that a program does: every step of each of its tiles adds to totals (`zeros` before the first), with what
+        it reads, and then they are stored. finish: rows, of which of the weights, totals, and which tile it is, if
+        there are several -> zeros, which come after the results (`results.leave`). fetch: what is done when all is
+        read."""
+
+        def take_tile(number: jax.Array, state: tuple) -> tuple:
+            token, totals = state
+            rows, which = self.rows(number)
+            token, totals = self.over_steps(number, rows, functools.partial(step, rows), token, totals)
+            if not self.several:
+                fetch()
+            return token, finish(rows, which, totals, number if self.several else None)
+
+        state = self.begin(), zeros
+        if self.several:
+            _, left = lax.fori_loop(0, self.count, take_tile, state)
+            fetch()
+        else:
+            _, left = take_tile(jnp.int32(0), state)
+        for zero in left:
+            ask_for(zero)
+
+    def rows(self, number: jax.Array | int) -> tuple["Rows", jax.Array]:
+        """Of a tile of the program; see `__init__`."""
+        return self.rows_of(self.program + number * self.programs if self.several else self.program)
 
     def _places(self, rows: "Rows", step: jax.Array) -> list[list[Place | None]]:
         return [*rows.places(step), self.beside(step)]
@@ -78,7 +127,7 @@ class AheadOfTiles(Ahead):
         token = self.start()
         for place in range(self.ahead):
             tile, step = divmod(place, self.steps)
-            token = self._put(token, jnp.int32(place), self.rows(jnp.int32(tile)), jnp.int32(step), tile < self.count)
+            token = self._put(token, jnp.int32(place), self.rows(tile)[0], jnp.int32(step), tile < self.count)
         return token
 
     def _put(self, token: Token, place: jax.Array, rows: "Rows", step: jax.Array, live: jax.Array | bool) -> Token:
@@ -97,16 +146,18 @@ class AheadOfTiles(Ahead):
                 token = self.ring.wait(self._put(together(token), begun + ahead, later, ahead - back, live))
             return token, take(s, self.given(token, begun + s, self._places(rows, s)), carry)
 
+        def lone_step(s: jax.Array, state: tuple) -> tuple:
+            return step(s, state, rows, 0, s + self.ahead < self.steps)
+
         if self.ring is None or not self.several:
-            one = lambda s, state: step(s, state, rows, 0, s + self.ahead < self.steps)  # noqa: E731
-            return lax.fori_loop(0, self.steps, one, (token, carry))
+            return lax.fori_loop(0, self.steps, lone_step, (token, carry))
 
         tiles, rest = divmod(self.ahead, self.steps)
 
         def part(which: jax.Array, state: tuple) -> tuple:
             """Steps with which those of the same later tile are begun."""
             tile = number + tiles + which
-            later, live = self.rows(tile), tile < self.count
+            (later, _), live = self.rows(tile), tile < self.count
             begin, end = which * (self.steps - rest), self.steps - rest + which * rest
             body = functools.partial(step, later=later, back=(tiles + which) * self.steps, live=live)
             return lax.fori_loop(begin, end, body, state)

@@ -201,7 +201,8 @@ def sum_over_warps(sums: Fragment, warps: int, time: jax.Array | None = None) ->
     if pallas.interpreting():
         return functools.reduce(jnp.add, sums.reshape(warps, 32, 4))
     thread, size = lax.broadcasted_iota(jnp.int32, sums.shape, 0), 512 * warps
-    text = f"""{{ .shared .align 16 .b8 sums[{size if time is None else 2 * size}]; .reg .b32 to; .reg .f32 a, b, c, d; .reg .pred p;
+    text = f"""{{ .shared .align 16 .b8 sums[{size if time is None else 2 * size}];
+        .reg .b32 to; .reg .f32 a, b, c, d; .reg .pred p;
         mov.u32 to, sums; add.u32 to, to, $4; setp.ne.b32 p, $8, 0;
         st.shared.v4.f32 [to], {{$12, $13, $14, $15}}; bar.sync 0;
         mov.f32 $0, $12; mov.f32 $1, $13; mov.f32 $2, $14; mov.f32 $3, $15; """

@@ -22,8 +22,19 @@ from realm_jax.quant.tensor import QuantizedTensor
 ROWS = 16  # of w, of a warp
 MOST_ROWS = 64  # of x
 LONE_OUTPUTS = 2048  # at most: 128 programs, not one for each multiprocessor of an H100
+ALONE = {True: 12, False: 24}  # warps for which a multiprocessor has registers; by whether a step reads much
+SEVERAL = {True: 10, False: 32}  # the same, at most, if they take several tiles of rows one after the other
 WIDE_TILES = 2  # of columns: from so many on warps read x together
 WIDE_SHAPES = (3, 8), (3, 4), (2, 8), (2, 4), (3, 2), (2, 2)  # x_stages and across; the first that fits is taken
+
+
+class Room(NamedTuple):
+    """For how many programs each of the multiprocessors has room: of programs that take one tile of rows, and of those
+    that take several, at most."""
+
+    multiprocessors: int
+    one: int
+    several: int
 
 
 class Plan(NamedTuple):
@@ -32,9 +43,9 @@ class Plan(NamedTuple):
     rows, width, outputs: M, K, N. pieces: columns that a row of x takes. turns: in which a row is summed, `steps` times
     a group of four units each. tiles: of eight columns. program_tiles: of a program. stages: steps that a warp reads
     ahead, with the one it is at; fewer, if they do not fit. across: 0, or how many warps of a program have ROWS rows of
-    w each, for all turns; then, x_stages: of `Columns`. split: whether each turn is a program of its own. resident: 0,
-    or for how many programs a multiprocessor has room, of `multiprocessors`: if there are more tiles of ROWS rows, each
-    program takes several.
+    w each, for all turns; then, x_stages: of `Columns`. split: whether each turn is a program of its own. room: for
+    how many programs there is room at a time: if there are more tiles of ROWS rows, each takes several; None: it takes
+    one in any case.
     """
 
     rows: int
@@ -49,8 +60,7 @@ class Plan(NamedTuple):
     across: int = 0
     x_stages: int = 0
     split: bool = False
-    resident: int = 0
-    multiprocessors: int = 1
+    room: Room | None = None
 
     @property
     def warps(self) -> int:
@@ -68,9 +78,13 @@ class Plan(NamedTuple):
         return self.across > 0 and self.turns > 1 and not self.split
 
     @property
-    def trips(self) -> tuple[int, ...]:
-        """How often the loops of a program run, the outer one first."""
-        return (self.turns, self.steps) if self.waits else (self.steps,)
+    def trips(self) -> tuple[float, ...]:
+        """How often the loops of a program run, the outer one first, on average: of a launch for one of the weights."""
+        if self.waits:
+            return self.turns, self.steps
+        of_each = tiles_of(self, (self.outputs,)) / rows_of_programs(self, (self.outputs,))
+        halves = (2, self.steps / 2) if self.steps > 1 else (self.steps,)  # see `AheadOfTiles`
+        return (of_each, *halves) if of_each > 1 else (self.steps,)
 
     def group(self, step: jax.Array, turn: jax.Array) -> jax.Array:
         """The group of four units that a turn is at."""
@@ -89,9 +103,10 @@ def plan(rows: int, dtype: jnp.dtype, w: QuantizedTensor, tiles: Tiles | None = 
     reader = codes.READERS[w.format]
     tiles = tiles or find(w.format, outputs, width)
     groups = -(-reader.units(width) // 4)
-    # Where a step reads so much, two steps of more warps would not fit in shared memory; but very few programs have all
-    # of it for themselves.
-    most_turns = 16 if reader.unit <= 64 else 8 if outputs <= LONE_OUTPUTS else 2
+    # Where a step reads so much, it takes many registers and much shared memory: a multiprocessor has room for ten such
+    # warps, and two steps of each. The fewer tiles of rows it has, the more warps each of them needs.
+    much = reader.unit > 64
+    most_turns = 16 if not much else 8 if outputs <= LONE_OUTPUTS else 4 if outputs <= FEW_OUTPUTS else 2
     turns = min(tiles.warps, most_turns, 1 << groups.bit_length() - 1)
     pieces = pieces_of(dtype)
     steps, of_x = -(-groups // turns), -(-rows * pieces // 8)
@@ -99,7 +114,15 @@ def plan(rows: int, dtype: jnp.dtype, w: QuantizedTensor, tiles: Tiles | None = 
     own = Plan(rows, width, outputs, pieces, turns, steps, of_x, min(of_x, most), tiles.stages)
     if of_x > 1 or not tiles.resident:
         return own
-    return own._replace(resident=max(1, tiles.resident // turns), multiprocessors=pallas.multiprocessors())
+    shared, _ = pallas.shared_memory()
+    needed = 2 * turns * (step_bytes(w) * 5 // 4 + 1024)  # two steps, with what they read of x, and sums
+    several = max(1, min(min(tiles.resident, SEVERAL[much]) // turns, int(shared // needed)))
+    return own._replace(room=Room(pallas.multiprocessors(), max(several, ALONE[much] // turns), several))
+
+
+def step_bytes(w: QuantizedTensor) -> float:
+    """Of w, that a warp reads in a step."""
+    return 4 * codes.READERS[w.format].unit * ROWS * w.nbytes / w.size
 
 
 def wide(narrow: Plan, w: QuantizedTensor, most: int) -> Plan:
@@ -107,15 +130,14 @@ def wide(narrow: Plan, w: QuantizedTensor, most: int) -> Plan:
     again, where that cannot be."""
     reader = codes.READERS[w.format]
     tiles = min(narrow.tiles, 2 if reader.offsets and reader.sub_block == 16 else 8)
-    step_bytes = 4 * reader.unit * ROWS * w.nbytes / w.size
     for x_stages, across in WIDE_SHAPES:
         # What is put of w comes with the newest stage of x.
         stages = -(-(x_stages - 1) * columns.STAGE_INPUTS // (4 * reader.unit))
-        needed = across * stages * step_bytes + columns.nbytes(tiles, x_stages, reader.mins)
+        needed = across * stages * step_bytes(w) + columns.nbytes(tiles, x_stages, reader.mins)
         if narrow.tiles >= WIDE_TILES and across <= most and needed <= MOST_BYTES:
             split = narrow.turns > 1 and narrow.outputs <= FEW_OUTPUTS
             own = {"stages": stages, "across": across, "x_stages": x_stages, "split": split}
-            return narrow._replace(program_tiles=tiles, resident=0, **own)
+            return narrow._replace(program_tiles=tiles, room=None, **own)
     return narrow
 
 
@@ -132,17 +154,17 @@ def form_of(x: jax.Array, w: QuantizedTensor) -> Form:
 
 def grid_of(own: Plan, outputs: tuple[int, ...]) -> tuple[int, int, int]:
     """Programs of a launch, by rows of w, columns and turns."""
-    tiles = tiles_of(own, outputs)
-    rounds = [-(-tiles // (own.multiprocessors * own.resident)) if own.resident else 1]
-    programs = tiles if rounds == [1] else own.multiprocessors * _fewer(own, tiles)
-    return programs, -(-own.tiles // own.program_tiles), own.turns if own.split else 1
+    return rows_of_programs(own, outputs), -(-own.tiles // own.program_tiles), own.turns if own.split else 1
 
 
-def _fewer(own: Plan, tiles: int) -> int:
-    """Of programs a multiprocessor has at a time, as many as there is room for, or down to half of them, where they
-    are less idle in the last round of tiles."""
-    counts = range(own.resident, own.resident // 2, -1)
-    return min(counts, key=lambda count: -(-tiles // (own.multiprocessors * count)) * count)
+def rows_of_programs(own: Plan, outputs: tuple[int, ...]) -> int:
+    """Programs of a launch, by rows of w. Of several tiles each, as many as there is room for, or down to half of them,
+    where else a multiprocessor would be idle for an eighth of the time more, in the last round."""
+    tiles, room = tiles_of(own, outputs), own.room
+    if room is None or tiles <= room.multiprocessors * room.one:
+        return tiles
+    spent = {n: -(-tiles // (room.multiprocessors * n)) * n for n in range(room.several, room.several // 2, -1)}
+    return room.multiprocessors * next(n for n, rounds in spent.items() if 8 * rounds <= 9 * min(spent.values()))
 
 
 def tiles_of(own: Plan, outputs: tuple[int, ...]) -> int:
@@ -152,10 +174,25 @@ def tiles_of(own: Plan, outputs: tuple[int, ...]) -> int:
 
 def own_tiles(own: Plan, outputs: tuple[int, ...]) -> jax.Array | int:
     """How many tiles of rows a program takes: number p of P takes p, p + P, and so on. 1, if no program has more."""
-    tiles, (programs, *_) = tiles_of(own, outputs), grid_of(own, outputs)
+    tiles, programs = tiles_of(own, outputs), rows_of_programs(own, outputs)
     if tiles <= programs:
         return 1
     return lax.div(tiles - 1 - pallas.program_id(0), jnp.int32(programs)) + 1
+
+
+def ring_bytes(own: Plan, outputs: tuple[int, ...]) -> int:
+    """For the ring of a program, at most: as much as leaves room for the others of a multiprocessor. How many stages
+    fit changes no result."""
+    programs, (of_all, of_one) = rows_of_programs(own, outputs), pallas.shared_memory()
+    sums = 512 * own.warps * own.program_tiles * (2 if programs < tiles_of(own, outputs) else 1)
+    if own.room is None:
+        return min(MOST_BYTES, of_one - sums)
+    return min(of_all // neighbours(own, outputs) - 1024, of_one) - sums
+
+
+def neighbours(own: Plan, outputs: tuple[int, ...]) -> int:
+    """How many programs a multiprocessor has at a time, where there is `room`."""
+    return min(-(-rows_of_programs(own, outputs) // own.room.multiprocessors), own.room.one)
 
 
 def own_rows(

@@ -75,14 +75,14 @@ def can_copy(dtype: jnp.dtype, span: int) -> bool:
 class Ring:
     """Stages of `places` for the warps of a program."""
 
-    def __init__(self, places: list[Place], warps: int, stages: int) -> None:
+    def __init__(self, places: list[Place], warps: int, stages: int, most_bytes: int = MOST_BYTES) -> None:
         self.warps = warps
         order = sorted(range(len(places)), key=lambda i: -places[i].nbytes)  # so that each is aligned to its size
         sizes = [warps * places[i].slots.count * places[i].nbytes for i in order]
         starts = np.cumsum([0, *sizes]).tolist()
         self.stage_bytes = -(-starts.pop() // 16) * 16
         self.starts = [starts[order.index(i)] for i in range(len(places))]
-        self.stages = max(1, min(stages, MOST_BYTES // self.stage_bytes))
+        self.stages = max(1, min(stages, most_bytes // self.stage_bytes))
 
     @property
     def nbytes(self) -> int:

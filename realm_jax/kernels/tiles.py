@@ -32,8 +32,8 @@ class Tiles(NamedTuple):
     """warps: that take turns along a row of w, at most; fewer where it has not enough for them. stages: of the ring
     that is read ahead. most_rows: of x, up to which the fused kernel serves; above it weights are dequantized first
     (`dense`). across: warps of a program that read x together where that is more than a tile, at most; 0: none do.
-    resident: warps that a multiprocessor has at a time, at most, of programs that take several tiles of rows of w, where
-    x is one tile of columns; 0: there is a program for each tile of rows.
+    resident: warps that a multiprocessor has at a time, at most, of programs that take several tiles of rows of w,
+    where x is one tile of columns; 0: there is a program for each tile of rows.
     """
 
     warps: int

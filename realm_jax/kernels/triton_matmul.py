@@ -14,7 +14,7 @@ Shape key: `M` rows of x, `N` output features, `K` input features, `P` threads o
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,9 @@ from realm_jax.kernels.ahead import AheadOfTiles, Rows, matrix_of, place_of_pair
 from realm_jax.kernels.lanes import coordinates, halves_of
 from realm_jax.kernels.mins import add_mins
 from realm_jax.kernels.operand import Prepared, operand_of
-from realm_jax.kernels.plan import Plan, clipped, cut, grid_of, own_tiles
-from realm_jax.kernels.results import added, shapes, store
-from realm_jax.kernels.ring import Place, Token, read_few
+from realm_jax.kernels.plan import Plan, clipped, cut, grid_of
+from realm_jax.kernels.results import added, backs_of, leave, shapes
+from realm_jax.kernels.ring import Place, read_few
 from realm_jax.kernels.tiles import Tiles, find
 from realm_jax.quant.tensor import QuantizedTensor
 
@@ -117,8 +117,7 @@ def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], asked: pref
     eight columns."""
     later, refs = refs[: len(asked.counts)], refs[len(asked.counts) :]
     pieces_ref, sums_ref, back_ref, *plane_refs = refs[: -len(outputs)]
-    reader, count = codes.READERS[format], own_tiles(own, outputs)
-    program, programs = pallas.program_id(0), grid_of(own, outputs)[0]
+    reader = codes.READERS[format]
     first_tile, tiles = pallas.program_id(1) * own.program_tiles, own.program_tiles
     thread, item = (lax.broadcasted_iota(jnp.int32, (32 * own.warps, 4), axis) for axis in (0, 1))
     warp, _, t, lane_id = coordinates(thread)
@@ -141,9 +140,8 @@ def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], asked: pref
         at = everywhere(clipped(first_tile + tile, own)), 2 * t + column, everywhere(sub), 4 * place + item
         return pallas.load(sums_ref.at[at])
 
-    def rows_of(number: jax.Array) -> tuple[Rows, jax.Array]:
-        """Of a tile of the program, and of which of the weights they are."""
-        tile = program if isinstance(count, int) else program + number * programs
+    def rows_of(tile: jax.Array) -> tuple[Rows, jax.Array]:
+        """Of a tile of all of the launch, and of which of the weights they are."""
         return matrix_of(plane_refs, own, format, outputs, own.group, tile)
 
     def places_of_x(s: jax.Array) -> list[Place | None]:
@@ -158,8 +156,6 @@ def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], asked: pref
 
     def pairs_place(tile: int, s: jax.Array) -> Place:
         return place_of_pairs(sums_ref, clipped(first_tile + tile, own), s, live, own.warps)
-
-    ahead = AheadOfTiles(lambda number: rows_of(number)[0], places_of_x, count, own)
 
     def step(matrix: Rows, s: jax.Array, given: list[list], totals: Sequence[fragments.Fragment]) -> list:
         *taken, x = given
@@ -198,28 +194,17 @@ def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], asked: pref
             return [load_sums(tile, sub, column, place) for column in range(2)]
         return [zero if items is None else items for items in x[blocks + 2 * sub : blocks + 2 * sub + 2]]
 
-    def sum_up(number: jax.Array, token: Token | None) -> tuple[Token | None, Callable[[], None]]:
-        """All steps of a tile, and what then leaves its results."""
-        matrix, which = rows_of(number)
-        token, totals = ahead.over_steps(number, matrix, functools.partial(step, matrix), token, [zero] * tiles)
+    backs = [backs_of(back_ref, first_tile + tile, own) for tile in range(tiles)]
 
-        def leave() -> None:
-            for tile, total in enumerate(totals):
-                total = fragments.sum_over_warps(total, own.warps, number if ahead.several else None)
-                for place, y_ref in enumerate(refs[-len(outputs) :]):
-                    store(y_ref, back_ref, total, matrix.first, first_tile + tile, own, which == place)
+    def finish(matrix: Rows, which: jax.Array, totals: list[fragments.Fragment], time: jax.Array | None) -> list:
+        sums = [fragments.sum_over_warps(total, own.warps, time) for total in totals]
+        columns = [(first_tile + tile, own, which) for tile in range(tiles)]
+        return [
+            leave(refs[-len(outputs) :], back_ref, back, total, matrix.first, *at)
+            for back, total, at in zip(backs, sums, columns, strict=True)
+        ]
 
-        return token, leave
-
-    def take_tile(number: jax.Array, token: Token | None) -> Token | None:
-        token, leave = sum_up(number, token)
-        leave()
-        return token
-
-    if ahead.several:
-        lax.fori_loop(0, count, take_tile, ahead.begin())
+    def fetch() -> None:
         prefetch.fetch(later, asked, grid_of(own, outputs), own.warps)
-    else:
-        _, leave = sum_up(jnp.int32(0), ahead.begin())
-        prefetch.fetch(later, asked, grid_of(own, outputs), own.warps)
-        leave()
+
+    AheadOfTiles(rows_of, places_of_x, own, outputs).over_tiles(step, finish, [zero] * tiles, fetch)
