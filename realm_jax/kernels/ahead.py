@@ -17,7 +17,7 @@ from realm_jax.kernels.plan import ROWS, Plan, neighbours, own_rows, own_tiles, 
 from realm_jax.kernels.results import ask_for
 from realm_jax.kernels.ring import MOST_BYTES, Place, Ring, Slots, Token, commit, read_now, together
 
-IN_FLIGHT = 48 * 1024  # bytes that a multiprocessor waits for, at least, all the time
+IN_FLIGHT = 44 * 1024  # bytes that a multiprocessor waits for all the time, at least, where they fit
 
 
 class Ahead:

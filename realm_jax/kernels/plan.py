@@ -22,8 +22,8 @@ from realm_jax.quant.tensor import QuantizedTensor
 ROWS = 16  # of w, of a warp
 MOST_ROWS = 64  # of x
 LONE_OUTPUTS = 2048  # at most: 128 programs, not one for each multiprocessor of an H100
-ALONE = {True: 12, False: 24}  # warps for which a multiprocessor has registers; by whether a step reads much
-SEVERAL = {True: 10, False: 32}  # the same, at most, if they take several tiles of rows one after the other
+ALONE = {True: 12, False: 24}  # warps that a multiprocessor has registers for; by whether a step reads much
+SEVERAL = {True: 10, False: 64}  # at most, if they take several tiles of rows one after the other: that needs more
 WIDE_TILES = 2  # of columns: from so many on warps read x together
 WIDE_SHAPES = (3, 8), (3, 4), (2, 8), (2, 4), (3, 2), (2, 2)  # x_stages and across; the first that fits is taken
 

@@ -1,4 +1,5 @@
-"""What programs of a product leave of their sums. Called by `triton_matmul` and `triton_wide`."""
+"""What programs of a product leave of their sums. Called by `ahead`, `triton_matmul`, `triton_int8` and
+`triton_wide`."""
 
 import functools
 from collections.abc import Sequence
