@@ -143,6 +143,7 @@ def test_programs_that_take_several_tiles_give_the_bits_of_a_program_for_each(na
 @pytest.mark.usefixtures("for_an_h200")
 def test_a_program_takes_several_tiles_where_there_is_no_room_for_more(monkeypatch):
     monkeypatch.setattr(pallas, "multiprocessors", lambda: 132)
+    monkeypatch.setattr(pallas, "capability", lambda: "9.0")
 
     def programs(name: str, *outputs: int, k: int = 4096, rows: int = 1) -> int:
         own = plan.plan(rows, jnp.bfloat16, weight_spec(name, (outputs[0], k)))

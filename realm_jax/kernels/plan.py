@@ -103,20 +103,22 @@ def plan(rows: int, dtype: jnp.dtype, w: QuantizedTensor, tiles: Tiles | None = 
     reader = codes.READERS[w.format]
     tiles = tiles or find(w.format, outputs, width)
     groups = -(-reader.units(width) // 4)
+    much, (of_all, of_one) = reader.unit > 64, pallas.shared_memory()
+    needed = 2 * (
+        step_bytes(w) * 5 / 4 + 512
+    )  # of shared memory, by a warp: two steps, with what they read of x, and sums
     # Where a step reads so much, it takes many registers and much shared memory: a multiprocessor has room for ten such
-    # warps, and two steps of each. The fewer tiles of rows it has, the more warps each of them needs.
-    much = reader.unit > 64
+    # warps, of a program too, before Hopper, for two. The fewer tiles of rows there are, the more warps each one needs.
     most_turns = 16 if not much else 8 if outputs <= LONE_OUTPUTS else 4 if outputs <= FEW_OUTPUTS else 2
-    turns = min(tiles.warps, most_turns, 1 << groups.bit_length() - 1)
+    fit = max(1, int(of_one // needed)) if much else groups
+    turns = min(tiles.warps, most_turns, *(1 << count.bit_length() - 1 for count in (groups, fit)))
     pieces = pieces_of(dtype)
     steps, of_x = -(-groups // turns), -(-rows * pieces // 8)
     most = 8 if reader.sub_block == 32 else 2 if reader.offsets else 4  # what its registers hold
     own = Plan(rows, width, outputs, pieces, turns, steps, of_x, min(of_x, most), tiles.stages)
     if of_x > 1 or not tiles.resident:
         return own
-    shared, _ = pallas.shared_memory()
-    needed = 2 * turns * (step_bytes(w) * 5 // 4 + 1024)  # two steps, with what they read of x, and sums
-    several = max(1, min(min(tiles.resident, SEVERAL[much]) // turns, int(shared // needed)))
+    several = max(1, int(min(tiles.resident, SEVERAL[much], of_all // needed)) // turns)
     return own._replace(room=Room(pallas.multiprocessors(), max(several, ALONE[much] // turns), several))
 
 
