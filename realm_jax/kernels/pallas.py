@@ -80,9 +80,12 @@ def multiprocessors() -> int:
 
 
 def shared_memory() -> tuple[int, int]:
-    """Bytes of shared memory of a multiprocessor of the GPU that is traced for, and of a program at most. Arrays of a
-    fixed size, as kernels here have them, may only be larger than 48 KiB in code for one architecture, as XLA has it
-    made from Hopper up; the interpreter is taken for one. Source: CUDA C++ programming guide, "Technical Specifications per Compute Capability"."""
+    """Bytes of shared memory of a multiprocessor of the GPU that is traced for, and of a program at most.
+
+    Arrays of a fixed size, as kernels here have them, may only be larger than 48 KiB in code for one architecture, as
+    XLA has it made from Hopper up; the interpreter is taken for one. Source: CUDA C++ programming guide, "Technical
+    Specifications per Compute Capability".
+    """
     if _interpreting or 9 <= int(capability().partition(".")[0]) < 12:
         return 228 * 1024, 227 * 1024
     return (164 if capability() in ("8.0", "8.7") else 100) * 1024, 48 * 1024

@@ -104,9 +104,7 @@ def plan(rows: int, dtype: jnp.dtype, w: QuantizedTensor, tiles: Tiles | None = 
     tiles = tiles or find(w.format, outputs, width)
     groups = -(-reader.units(width) // 4)
     much, (of_all, of_one) = reader.unit > 64, pallas.shared_memory()
-    needed = 2 * (
-        step_bytes(w) * 5 / 4 + 512
-    )  # of shared memory, by a warp: two steps, with what they read of x, and sums
+    needed = 2 * (step_bytes(w) * 5 / 4 + 512)  # shared memory of a warp: two steps, with what they read of x, and sums
     # Where a step reads so much, it takes many registers and much shared memory: a multiprocessor has room for ten such
     # warps, of a program too, before Hopper, for two. The fewer tiles of rows there are, the more warps each one needs.
     most_turns = 16 if not much else 8 if outputs <= LONE_OUTPUTS else 4 if outputs <= FEW_OUTPUTS else 2
