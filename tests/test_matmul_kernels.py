@@ -156,6 +156,17 @@ def test_a_program_takes_several_tiles_where_there_is_no_room_for_more(monkeypat
     assert programs("Q4_K", 14336, 14336, rows=9) == 1792  # more than a tile of columns
 
 
+@pytest.mark.usefixtures("for_an_h200")
+@pytest.mark.parametrize(("capability", "warps"), [("8.0", [2, 2, 2]), ("8.9", [2, 2, 2]), ("9.0", [2, 4, 8])])
+def test_the_fewer_rows_of_weights_the_more_warps_a_program_has_if_they_fit(capability, warps, monkeypatch):
+    monkeypatch.setattr(pallas, "capability", lambda: capability)
+    weights = [weight_spec("Q6_K", (outputs, 14336)) for outputs in (14336, 8192, 2048)]
+    plans = [plan.plan(1, jnp.bfloat16, w) for w in weights]
+    assert [own.turns for own in plans] == warps
+    most = pallas.shared_memory()[1]
+    assert all(2 * own.turns * plan.step_bytes(w) < most for own, w in zip(plans, weights, strict=True))
+
+
 def test_rows_of_any_size_and_rows_that_are_not_finite():
     x, w, want = product("Q4_0", 6, 16, 256)
     scales = np.float32([1e-30, 1e-3, 1, 1e30, 1, 1])
