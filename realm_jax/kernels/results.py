@@ -55,7 +55,7 @@ def backs_of(back_ref, tile: jax.Array, own: Plan) -> Fragment | None:
     addresses = [(back_ref, jnp.minimum(row + i, own.rows - 1)) for i in range(2 // own.pieces)]
     text = f"ld.global.b32 $0, [$4]; ld.global.b32 $1, [${3 + len(addresses)}]; mov.b32 $2, $0; mov.b32 $3, $1;"
     shape, constraints = pallas.Shape(row.shape, jnp.float32), ["=&f"] * 4 + ["l"] * len(addresses) + ["r"]
-    return assembly(text, constraints, shape, row, addresses=addresses, results=4)
+    return assembly(text, constraints, shape, row, addresses=addresses, results=4, pure=False)
 
 
 def leave(
@@ -72,7 +72,7 @@ def leave(
     m, n = _first_row(thread, tile, own), row + thread % 32 // 4
     rows = jnp.where(thread < 32, own.rows - m, 0)
     value, backs_at, rows_at, n_at, which_at = (4 * (1 + many + i) for i in range(5))
-    text = "{ .reg .f32 y, z; .reg .b16 h; .reg .pred p, q, r;\n"
+    text = "{ .reg .f32 y, z; .reg .b16 h; .reg .pred p, q;\n"
     for item in range(0, 4, own.pieces):
         column, high = (item % 2, item // 2) if own.pieces == 1 else (0, item // 2)
         if column >= own.rows:
