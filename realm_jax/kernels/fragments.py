@@ -22,6 +22,7 @@ from realm_jax.kernels.assembly import assembly
 
 Fragment = jax.Array
 MMA = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+GROUPED_MMA = "wgmma.mma_async.sync.aligned.m64n{}k16.f32.f16.f16"
 
 
 def mma(
@@ -142,7 +143,7 @@ def add_products(
 
 
 class SubBlock(NamedTuple):
-    """Of a unit in rows g and g + 8, for `add_grouped_products`: words, raised, scales, unit as `add_products` has them.
+    """Of a unit in rows g and g + 8, for `add_grouped_products`. words, raised, scales, unit: as in `add_products`.
     offset: bytes from the address to its first 16 inputs of the first tile."""
 
     words: Sequence[tuple[Fragment, Fragment]]
@@ -174,7 +175,8 @@ def add_grouped_products(
 
     lefts = 2 * max(len(block.words) for block in blocks)  # of this sub-block and of the next
     text = f"""{{ .reg .f32 c<{first}>; .reg .b64 at, x; .reg .pred more; .reg .b32 {UNPACKING}, {_names(lefts)};
-        shr.u32 t, ${first}, 4; cvt.u64.u32 at, t; add.u64 at, at, {(MATRIX_BYTES >> 4) << 16 | (apart >> 4) << 32};\n"""
+        shr.u32 t, ${first}, 4; cvt.u64.u32 at, t;
+        add.u64 at, at, {(MATRIX_BYTES >> 4) << 16 | (apart >> 4) << 32};\n"""
 
     def unpack(number: int) -> str:
         block = blocks[number]
@@ -189,9 +191,8 @@ def add_grouped_products(
         for i in range(len(blocks[number].words)):
             offset = blocks[number].offset + apart * tiles.start + 2 * MATRIX_BYTES * i
             left = _left(i + number % 2 * (lefts // 2))
-            lines.append(f"""add.u64 x, at, {offset >> 4}; setp.ne.b32 more, {i}, 0;
-                wgmma.mma_async.sync.aligned.m64n{8 * len(tiles)}k16.f32.f16.f16 {{{sums}}}, {{{left}}}, x, more, 1, 1, 0;
-                """)
+            lines.append(f"add.u64 x, at, {offset >> 4}; setp.ne.b32 more, {i}, 0;")
+            lines.append(f"{GROUPED_MMA.format(8 * len(tiles))} {{{sums}}}, {{{left}}}, x, more, 1, 1, 0;\n")
         return "".join([*lines, "wgmma.commit_group.sync.aligned;\n"])
 
     def scaled(number: int, tiles: range) -> str:
@@ -288,22 +289,25 @@ def byte_after_two_to_23(word: jax.Array, which: int) -> jax.Array:
     return asm(text, ["=f", "r"], jnp.float32, word.astype(jnp.int32), pack=1)
 
 
-def sum_over_warps(sums: Fragment, warps: int) -> Fragment:
+def sum_over_warps(sums: Fragment, warps: int, time: jax.Array | None = None) -> Fragment:
     """The sum of what the warps have in each of their lanes, one after the other: the first warp has it; in the
-    interpreter there is nobody else, (32, 4)."""
+    interpreter there is nobody else, (32, 4). time: where it is done again and again, how often before: every other
+    time in another place, so that no warp has to wait until the first one has read."""
     if warps == 1:
         return sums
     if pallas.interpreting():
         return functools.reduce(jnp.add, sums.reshape(warps, 32, 4))
-    thread = lax.broadcasted_iota(jnp.int32, sums.shape, 0)
-    text = f"""{{ .shared .align 16 .b8 sums[{512 * warps}]; .reg .b32 to; .reg .f32 a, b, c, d; .reg .pred p;
+    thread, size = lax.broadcasted_iota(jnp.int32, sums.shape, 0), 512 * warps
+    text = f"""{{ .shared .align 16 .b8 sums[{size if time is None else 2 * size}];
+        .reg .b32 to; .reg .f32 a, b, c, d; .reg .pred p;
         mov.u32 to, sums; add.u32 to, to, $4; setp.ne.b32 p, $8, 0;
         st.shared.v4.f32 [to], {{$12, $13, $14, $15}}; bar.sync 0;
         mov.f32 $0, $12; mov.f32 $1, $13; mov.f32 $2, $14; mov.f32 $3, $15; """
     for warp in range(1, warps):
         text += f"@p ld.shared.v4.f32 {{a, b, c, d}}, [to + {512 * warp}]; "
         text += "".join(f"@p add.rn.f32 ${i}, ${i}, {'abcd'[i]}; " for i in range(4))
-    operands = 16 * thread, (thread < 32).astype(jnp.int32), sums
+    to = 16 * thread if time is None else 16 * thread + (time & 1) * size
+    operands = to, (thread < 32).astype(jnp.int32), sums
     shape = pallas.Shape(sums.shape, jnp.float32)
     return assembly(text + "}", ["=&f"] * 4 + ["r"] * 8 + ["f"] * 4, shape, *operands, pack=4, pure=False)
 

@@ -1,21 +1,29 @@
-"""What programs of a product leave of their sums. Called by `triton_matmul` and `triton_wide`."""
+"""What programs of a product leave of their sums. Called by `ahead`, `triton_matmul`, `triton_int8` and
+`triton_wide`."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from realm_jax.kernels import pallas
+from realm_jax.kernels.assembly import assembly
 from realm_jax.kernels.fragments import Fragment
 from realm_jax.kernels.lanes import coordinates
 from realm_jax.kernels.operand import LOW
 from realm_jax.kernels.plan import ROWS, Plan, grid_of
 from realm_jax.kernels.turns import shared
 
+LOW_BITS, TWO_TO_24 = (f"0f{np.float32(number).view(np.uint32):08X}" for number in (LOW, 2.0**24))  # as PTX has them
+PTX = {"bfloat16": "bf16", "float16": "f16"}  # types
+
 
 def shapes(own: Plan, outputs: tuple[int, ...], dtype: jnp.dtype) -> tuple[pallas.Shape, ...]:
-    """What a launch leaves: results (M, N), or kept sums, for each of the weights; last, if any, sums that wait in memory."""
+    """What a launch leaves: results (M, N), or kept sums, for each of the weights; last, if any, sums that wait in
+    memory."""
     of_turns = [pallas.Shape((own.turns, 8 * own.tiles, count), jnp.float32) for count in outputs]
     left = of_turns if own.split else [pallas.Shape((own.rows, count), dtype) for count in outputs]
     if own.waits and not shared(own):
@@ -26,7 +34,8 @@ def shapes(own: Plan, outputs: tuple[int, ...], dtype: jnp.dtype) -> tuple[palla
 
 
 def store(y_ref, back_ref, total: Fragment, row: jax.Array, tile: jax.Array, own: Plan, here: jax.Array) -> None:
-    """If `here`, the sums of a tile of columns, from `row` of w, as results (M, N): pieces joined, scaling undone."""
+    """If `here`, the sums of a tile of columns, from `row` of w, as results (M, N): pieces joined, scaling undone.
+    back_ref: None, if they are not scaled."""
     count = 4 // own.pieces
     thread, item = (lax.broadcasted_iota(jnp.int32, (len(total), count), axis) for axis in (0, 1))
     if own.pieces == 2:
@@ -35,9 +44,72 @@ def store(y_ref, back_ref, total: Fragment, row: jax.Array, tile: jax.Array, own
     _, _, t, _ = coordinates(thread)
     m = tile * (8 // own.pieces) + (t if own.pieces == 2 else 2 * t + item % 2)
     n, inside = _outputs(thread, item // (count // 2), row, own, y_ref.shape[1])
-    back = pallas.load(back_ref.at[jnp.minimum(m, own.rows - 1)])
-    total = (total * 2.0**24 * back).astype(y_ref.dtype)
-    pallas.store(y_ref.at[m, n], total, mask=inside & (m < own.rows) & here)
+    if back_ref is not None:
+        total = total * 2.0**24 * pallas.load(back_ref.at[jnp.minimum(m, own.rows - 1)])
+    pallas.store(y_ref.at[m, n], total.astype(y_ref.dtype), mask=inside & (m < own.rows) & here)
+
+
+def backs_of(back_ref, tile: jax.Array, own: Plan) -> Fragment | None:
+    """What `leave` wants of `back_ref`, if there is one, for a tile of columns; nothing in the interpreter."""
+    if back_ref is None or pallas.interpreting():
+        return None
+    row = _first_row(lax.broadcasted_iota(jnp.int32, (32 * own.warps,), 0), tile, own)
+    addresses = [(back_ref, jnp.minimum(row + i, own.rows - 1)) for i in range(2 // own.pieces)]
+    text = f"ld.global.b32 $0, [$4]; ld.global.b32 $1, [${3 + len(addresses)}]; mov.b32 $2, $0; mov.b32 $3, $1;"
+    shape, constraints = pallas.Shape(row.shape, jnp.float32), ["=&f"] * 4 + ["l"] * len(addresses) + ["r"]
+    return assembly(text, constraints, shape, row, addresses=addresses, results=4, pure=False)
+
+
+def leave(
+    y_refs: Sequence, back_ref, backs: Fragment | None, total: Fragment, row: jax.Array, tile: jax.Array, own: Plan,
+    which: jax.Array,
+) -> Fragment:  # fmt: skip
+    """`store` to result number `which`, where warps have no rows of their own, from where the sums are: Triton would
+    pass them on through shared memory, with two barriers. It gives zeros, for which somebody has to ask."""
+    if pallas.interpreting():
+        for number, y_ref in enumerate(y_refs):
+            store(y_ref, back_ref, total, row, tile, own, which == number)
+        return jnp.zeros((32 * own.warps, 4), jnp.float32)
+    thread, many, type = lax.broadcasted_iota(jnp.int32, total.shape, 0), len(y_refs), y_refs[0].dtype.name
+    m, n = _first_row(thread, tile, own), row + thread % 32 // 4
+    rows = jnp.where(thread < 32, own.rows - m, 0)
+    value, backs_at, rows_at, n_at, which_at = (4 * (1 + many + i) for i in range(5))
+    text = "{ .reg .f32 y, z; .reg .b16 h; .reg .pred p, q;\n"
+    for item in range(0, 4, own.pieces):
+        column, high = (item % 2, item // 2) if own.pieces == 1 else (0, item // 2)
+        if column >= own.rows:
+            continue
+        text += f"mov.f32 y, ${value + item};"
+        if own.pieces == 2:
+            text += f"mul.rn.f32 z, ${value + item + 1}, {LOW_BITS}; add.rn.f32 y, y, z;"
+        text += f"mul.rn.f32 y, y, {TWO_TO_24}; mul.rn.f32 y, y, ${backs_at + item};" if back_ref is not None else ""
+        text += f"setp.gt.s32 q, ${rows_at}, {column};"
+        text += "" if type == "float32" else f"cvt.rn.{PTX[type]}.f32 h, y;"
+        for number, y_ref in enumerate(y_refs):
+            outputs = y_ref.shape[1]
+            beyond = (column * outputs + 8 * high) * y_ref.dtype.itemsize
+            text += f"setp.lt.and.s32 p, ${n_at}, {outputs - 8 * high}, q;"
+            text += f"setp.eq.and.s32 p, ${which_at}, {number}, p;" if many > 1 else ""
+            put = "b32 [{0}], y" if type == "float32" else "b16 [{0}], h"
+            text += f"@p st.global.{put.format(f'${4 * (1 + number)} + {beyond}')};\n"
+    text += " ".join(f"mov.b32 ${i}, 0;" for i in range(4)) + "}"
+    addresses = [(y_ref, m * y_ref.shape[1] + n) for y_ref in y_refs]
+    operands = total, total if backs is None else backs, rows, n, jnp.broadcast_to(which, n.shape)
+    constraints = ["=&f"] * 4 + ["l"] * (4 * many) + ["f"] * 8 + ["r"] * 12
+    shape = pallas.Shape(total.shape, jnp.float32)
+    return assembly(text, constraints, shape, *operands, addresses=addresses, pack=4, pure=False)
+
+
+def ask_for(zeros: Fragment) -> None:
+    """So that what gave them is not left out."""
+    if not pallas.interpreting():
+        shape = pallas.Shape(zeros.shape, jnp.float32)
+        assembly("mov.b32 $0, $1;", ["=f", "f"], shape, zeros, pure=False, kept=True)
+
+
+def _first_row(thread: jax.Array, tile: jax.Array, own: Plan) -> jax.Array:
+    """Of x, of the columns that a thread has sums of in a tile of columns."""
+    return tile * (8 // own.pieces) + thread % 4 * (2 // own.pieces)
 
 
 def keep(sums_ref, total: Fragment, turn: jax.Array, row: jax.Array, tile: jax.Array, own: Plan, here) -> None:

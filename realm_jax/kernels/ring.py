@@ -17,7 +17,7 @@ from jax import lax
 from realm_jax.kernels import pallas
 from realm_jax.kernels.assembly import assembly
 
-MOST_BYTES = 48 * 1024  # of shared memory; with more, fewer programs run at a time
+MOST_BYTES = 48 * 1024  # of shared memory, where nothing is known of how many programs run at a time
 COPIES = " ".join(f"mov.b32 ${i}, a;" for i in range(4))  # of one item
 PAIRS = "mov.b32 $1, $0; mov.b32 $3, $2;"
 Token = jax.Array  # (P,): the address of a thread's first bytes; whoever has it comes after what made it

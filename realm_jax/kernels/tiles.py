@@ -32,12 +32,15 @@ class Tiles(NamedTuple):
     """warps: that take turns along a row of w, at most; fewer where it has not enough for them. stages: of the ring
     that is read ahead. most_rows: of x, up to which the fused kernel serves; above it weights are dequantized first
     (`dense`). across: warps of a program that read x together where that is more than a tile, at most; 0: none do.
+    resident: warps that a multiprocessor has at a time, at most, of programs that take several tiles of rows of w,
+    where x is one tile of columns; 0: there is a program for each tile of rows.
     """
 
     warps: int
     stages: int
     most_rows: int
     across: int
+    resident: int
 
 
 ALLOWED = {
@@ -45,6 +48,7 @@ ALLOWED = {
     "stages": (range(2, 7), "2 to 6"),
     "most_rows": (range(64, 257), "64 to 256"),
     "across": ((0, 2, 4, 8, 16), "0, 2, 4, 8 or 16"),
+    "resident": (range(65), "0 to 64"),
 }
 Table = dict[str, dict[str, dict[str, Tiles]]]  # device kind -> format -> class of shape
 
@@ -63,7 +67,7 @@ def find(format: str, outputs: int, inputs: int) -> Tiles:
 
 def rule(outputs: int) -> Tiles:
     """The tile sizes of what no file names."""
-    return Tiles(8 if outputs <= FEW_OUTPUTS else 4, 2, 64, 16)
+    return Tiles(8 if outputs <= FEW_OUTPUTS else 4, 2, 64, 16, 20)
 
 
 def shape_class(outputs: int, inputs: int) -> str:
