@@ -107,10 +107,12 @@ def read_q3_k(lane: Lane) -> Codes:
     return Codes(codes, [d * (byte(words[i // 4], i % 4) - 32) for i in range(8)])
 
 
-def scales_and_mins(lane: Lane) -> tuple[list[jax.Array], tuple[jax.Array, jax.Array]]:
+def with_scales_and_mins(lane: Lane, words: list[jax.Array], **options) -> Codes:
+    """Codes of five bits at most: times a scale of six they are below 2048."""
     d, dmin = halves(lane)
     both = lane.read("scales")
-    return times_bytes(d, [both], range(2)), (both, -dmin)
+    factors = [both & np.uint32(0xFF), both >> np.uint32(8) & np.uint32(0xFF)]
+    return Codes(words, times_bytes(d, [both], range(2)), mins=(both, -dmin), whole=d, factors=factors, **options)
 
 
 def nibbles_of_64(lane: Lane) -> list[jax.Array]:
@@ -120,18 +122,14 @@ def nibbles_of_64(lane: Lane) -> list[jax.Array]:
 
 def read_q4_k(lane: Lane) -> Codes:
     words = [lane.read("qs", lane.t + 4 * k) for k in range(2)]
-    (first, second), mins = scales_and_mins(lane)
-    # High nibbles stay where they are, as sixteen times what they say.
-    codes = [word & mask for mask in (NIBBLES, ~NIBBLES) for word in words]
-    return Codes(codes, [first, second * np.float32(1 / 16)], mins=mins)
+    return with_scales_and_mins(lane, 2 * words, raised=(0, 0, 4, 4), mask=15)
 
 
 def read_q5_k(lane: Lane) -> Codes:
     first = lane.place(4) * np.uint32(2)
     bits = [lane.read("qh", lane.t + 4 * k) >> first for k in range(2)]
     fifth = [(word >> np.uint32(part) & BITS) << np.uint32(4) for part in range(2) for word in bits]
-    scales, mins = scales_and_mins(lane)
-    return Codes([code | bit for code, bit in zip(nibbles_of_64(lane), fifth, strict=True)], scales, mins=mins)
+    return with_scales_and_mins(lane, [code | bit for code, bit in zip(nibbles_of_64(lane), fifth, strict=True)])
 
 
 def read_q6_k(lane: Lane) -> Codes:
@@ -214,8 +212,8 @@ READERS: dict[str, Reader] = {
     "Q8_1": Reader(read_q8_1, 32, 32, 128),
     "Q2_K": Reader(read_q2_k, 128, 16, 0, True),
     "Q3_K": Reader(read_q3_k, 128, 16, 4),
-    "Q4_K": Reader(read_q4_k, 64, 32, 0, mins=True),
-    "Q5_K": Reader(read_q5_k, 64, 32, 0, mins=True),
+    "Q4_K": Reader(read_q4_k, 64, 32, 0, mins=True, factors=True),
+    "Q5_K": Reader(read_q5_k, 64, 32, 0, mins=True, factors=True),
     "Q6_K": Reader(read_q6_k, 128, 16, 32),
     "Q8_K": Reader(read_q8_0, 32, 32, 128),
     "IQ4_NL": Reader(read_iq4_nl, 32, 32, 128),

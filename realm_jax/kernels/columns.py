@@ -117,46 +117,50 @@ class Stage(NamedTuple):
         self, totals: Sequence[Fragment], rows: Sequence[Codes], reader: Reader, inputs: range
     ) -> list[Fragment]:
         """totals of tiles, and the scaled products of the sub-blocks of some of the stage's inputs in rows g and g + 8
-        by x. inputs: in a step."""
+        by x; with factors, they are scaled no further. inputs: in a step."""
         found = []
         for start in inputs[:: reader.sub_block]:
             unit, place = divmod(start, reader.unit)
             found.append((unit, place // reader.sub_block, start % STAGE_INPUTS // 16))
-        if self.of.grouped and self.pieces is not None:
-            blocks = [self._sub_block(rows, reader, *one) for one in found]
+        if self.pieces is None:
+            for one in found:
+                totals = self._add_interpreted(totals, rows, reader, *one)
+            return list(totals)
+        blocks = [self._sub_block(rows, reader, *one) for one in found]
+        if self.of.grouped:
             return fragments.add_grouped_products(totals, blocks, reader.zero, self.pieces, 16 * PIECES)
-        for one in found:
-            totals = self._add_sub_block(totals, rows, reader, *one)
+        for block in blocks:
+            totals = fragments.add_products(totals, block, reader.zero, self.pieces, 16 * PIECES)
         return list(totals)
 
     def _sub_block(self, rows: Sequence[Codes], reader: Reader, unit: int, sub: int, sixteen: int) -> SubBlock:
-        count, scales = reader.sub_block // 16, (rows[0].scales[sub], rows[1].scales[sub])
+        """sub: of the unit. sixteen: which 16 inputs of the stage are its first."""
+        count, either = reader.sub_block // 16, rows[0]
         own = slice(sub * count, (sub + 1) * count)
         words = list(zip(rows[0].words[own], rows[1].words[own], strict=True))
-        raised = (rows[0].raised or (0,) * len(rows[0].words))[own]
-        return SubBlock(words, raised, scales, unit, 2 * fragments.MATRIX_BYTES * sixteen)
+        raised = (either.raised or (0,) * len(either.words))[own]
+        factors = (rows[0].factors[sub], rows[1].factors[sub]) if reader.factors else None
+        scales = None if reader.factors else (rows[0].scales[sub], rows[1].scales[sub])
+        block, half = divmod(sixteen, 2)
+        offset = 2 * fragments.MATRIX_BYTES * sixteen if self.of.grouped else 16 * 32 * block + 8 * half
+        return SubBlock(words, raised, either.mask, factors, scales, unit, offset)
 
-    def _add_sub_block(
+    def _add_interpreted(
         self, totals: Sequence[Fragment], rows: Sequence[Codes], reader: Reader, unit: int, sub: int, sixteen: int
     ) -> list[Fragment]:
-        """sub: of the unit. sixteen: which 16 inputs of the stage are its first."""
-        block, half = divmod(sixteen, 2)
-        words, raised, scales, *_ = self._sub_block(rows, reader, unit, sub, sixteen)
-        if self.pieces is not None:
-            offsets = [16 * (PIECES * tile + 32 * block) + 8 * half for tile in range(len(totals))]
-            return fragments.add_products(totals, words, reader.zero, raised, self.pieces, offsets, scales, unit)
-        count = len(words)
+        (block, half), count = divmod(sixteen, 2), reader.sub_block // 16
         low, high = (halves_of(row, reader.zero)[sub * count : (sub + 1) * count] for row in rows)
         found = []
         for tile, total in enumerate(totals):
             lane, item = self._thread() % 32, lax.broadcasted_iota(jnp.int32, total.shape, 1)
             at = operand.place(lane // 4, lane % 4, item, self.of.grouped)
             pieces = self._load(self.of.pieces_ref, tile, self.part * (STAGE_INPUTS // 32) + block, *at)
-            dot = jnp.zeros_like(total)
+            dot = total if reader.factors else jnp.zeros_like(total)
             for i in range(count):
                 a = low[i][0], high[i][0], low[i][1], high[i][1]
                 dot = fragments.mma(dot, a, pieces, unit, half + i)
-            found.append(fragments.add_scaled(dot, *scales, total, unit, False))
+            scales = rows[0].scales[sub], rows[1].scales[sub]
+            found.append(dot if reader.factors else fragments.add_scaled(dot, *scales, total, unit, False))
         return found
 
     def pairs(self, tile: int) -> Fragment:

@@ -100,119 +100,143 @@ MATRIX_BYTES = 128  # eight columns by eight inputs of float16
 TOGETHER = 4  # tiles whose instructions alternate, so that none waits for the one before it
 
 
-def add_products(
-    totals: Sequence[Fragment],
-    words: Sequence[tuple[Fragment, Fragment]],
-    zero: int,
-    raised: Sequence[int],
-    address: Fragment,
-    offsets: Sequence[int],
-    scales: tuple[Fragment, Fragment],
-    unit: int,
-) -> list[Fragment]:
-    """`add_scaled` to each of the totals of the products of a sub-block: of words of rows g and g + 8, for one or two
-    16 of weights, by x in shared memory, at `address` and so many bytes after it. Not for the interpreter.
-
-    words, zero, raised: as `lanes.halves_of` has them. Item `unit` of them and of the scales counts. This is one
-    assembly so that codes are unpacked where they are wanted, and not all of a step before.
-    """
-    many, pairs = len(totals), [word for both in words for word in both]
-    first = 4 * many  # of the operands after the results: the address, the totals, words, scales
-    word_at, scale_at = 2 * first + 4, 2 * first + 4 + 4 * len(pairs)
-    text = f"{{ .reg .f32 c<{4 * TOGETHER}>; .reg .b32 b<{4 * TOGETHER}>, {UNPACKING}, {_names(len(words))};\n"
-    for i, up in enumerate(raised):
-        text += _unpacked(i, [f"${word_at + 4 * (2 * i + row) + unit}" for row in range(2)], zero, up)
-    for start in range(0, many, TOGETHER):
-        tiles = range(start, min(many, start + TOGETHER))
-        for j, tile in enumerate(tiles):
-            read = ", ".join(f"b{4 * j + i}" for i in range(2 * len(words)))
-            text += f"ld.shared.v{2 * len(words)}.b32 {{{read}}}, [${first} + {offsets[tile]}];"
-            text += "".join(f"mov.f32 c{4 * j + i}, 0f00000000;" for i in range(4))
-        for i in range(len(words)):
-            for j in range(len(tiles)):
-                sums = ", ".join(f"c{4 * j + k}" for k in range(4))
-                right = f"b{4 * j + 2 * i}, b{4 * j + 2 * i + 1}"
-                text += f"{MMA} {{{sums}}}, {{{_left(i)}}}, {{{right}}}, {{{sums}}};\n"
-        for j, tile in enumerate(tiles):
-            for i in range(4):
-                total = f"${4 * tile + i}"
-                text += f"fma.rn.f32 {total}, c{4 * j + i}, ${scale_at + 4 * (i // 2) + unit}, {total};"
-    constraints = ["=f"] * first + ["r"] * 4 + [f"{i}" for i in range(first)] + ["r"] * (4 * len(pairs)) + ["f"] * 8
-    operands = address, *totals, *(word.astype(jnp.int32) for word in pairs), *scales
-    return _arrays(text + " }", constraints, totals, operands)
-
-
 class SubBlock(NamedTuple):
-    """Of a unit in rows g and g + 8, for `add_grouped_products`. words, raised, scales, unit: as in `add_products`.
-    offset: bytes from the address to its first 16 inputs of the first tile."""
+    """A sub-block of a unit in rows g and g + 8. Item `unit` of all arrays counts.
+
+    words: for one or two 16 of weights, of either row. raised, mask, factors: see `lanes.Codes`; factors of either row,
+    or None. scales: of either row; None: products are added as they are. offset: bytes to its first 16 inputs of the
+    first tile of x.
+    """
 
     words: Sequence[tuple[Fragment, Fragment]]
     raised: Sequence[int]
-    scales: tuple[Fragment, Fragment]
+    mask: int
+    factors: tuple[Fragment, Fragment] | None
+    scales: tuple[Fragment, Fragment] | None
     unit: int
     offset: int
+
+
+def add_products(
+    totals: Sequence[Fragment], block: SubBlock, zero: int, address: Fragment, apart: int
+) -> list[Fragment]:
+    """totals and, scaled, the products of a sub-block by tiles of x in shared memory, `apart` bytes from one to the
+    next. Not for the interpreter.
+
+    zero: of the format. This is one assembly so that codes are unpacked where they are wanted, not all of a step
+    before.
+    """
+    many, first = len(totals), 4 * len(totals)
+    operands = _Operands(totals, address, [block])
+    text = f"{{ .reg .f32 c<{4 * TOGETHER}>; .reg .b32 b<{4 * TOGETHER}>, {UNPACKING}, {_names(len(block.words))};\n"
+    text += operands.unpack(block, zero, 0)
+    for start in range(0, many, TOGETHER):
+        tiles = range(start, min(many, start + TOGETHER))
+        sums = [
+            [f"c{4 * j + i}" if block.scales else f"${4 * tile + i}" for i in range(4)] for j, tile in enumerate(tiles)
+        ]
+        for j, tile in enumerate(tiles):
+            read = ", ".join(f"b{4 * j + i}" for i in range(2 * len(block.words)))
+            text += f"ld.shared.v{2 * len(block.words)}.b32 {{{read}}}, [${first} + {block.offset + apart * tile}];"
+            text += "".join(f"mov.f32 {name}, 0f00000000;" for name in sums[j] if block.scales)
+        for i in range(len(block.words)):
+            for j in range(len(tiles)):
+                right, own = f"b{4 * j + 2 * i}, b{4 * j + 2 * i + 1}", ", ".join(sums[j])
+                text += f"{MMA} {{{own}}}, {{{_left(i)}}}, {{{right}}}, {{{own}}};\n"
+        for j, tile in enumerate(tiles):
+            text += operands.scaled(block, 4 * tile, sums[j])
+    return operands.run(text + " }")
 
 
 def add_grouped_products(
     totals: Sequence[Fragment], blocks: Sequence[SubBlock], zero: int, address: Fragment, apart: int
 ) -> list[Fragment]:
-    """`add_products` of several sub-blocks, one after the other, by four warps together (from Hopper on): they read x
-    where it lies, as a grouped `operand.Form` has it, a tile's so many bytes `apart`. Not for the interpreter.
+    """`add_products` of several sub-blocks, one after the other, by four warps together (on Hopper): they read x where
+    it lies, as a grouped `operand.Form` has it. Either all have scales or none. Not for the interpreter.
 
-    Tiles are two halves. While the sums of one are scaled, those of the other are on their way: the next sub-block's,
-    then. Source: PTX ISA, "wgmma.mma_async".
+    With scales, tiles are two halves: while the sums of one are scaled, those of the other are on their way: the next
+    sub-block's, then. Source: PTX ISA, "wgmma.mma_async".
     """
-    many = len(totals)
-    halves = [range(0, many // 2), range(many // 2, many)] if many > 1 else [range(many)]
-    words = list({id(word): word for block in blocks for pair in block.words for word in pair}.values())
-    scales = list({id(scale): scale for block in blocks for scale in block.scales}.values())
-    first = 4 * many  # of the operands after the results: the address, the totals, words, scales
-
-    def item(array: Fragment, unit: int) -> str:
-        """The operand that is that item of a word or a scale."""
-        place = next(i for i, other in enumerate([*words, *scales]) if other is array)
-        return f"${2 * first + 4 + 4 * place + unit}"
-
-    lefts = 2 * max(len(block.words) for block in blocks)  # of this sub-block and of the next
-    text = f"""{{ .reg .f32 c<{first}>; .reg .b64 at, x; .reg .pred more; .reg .b32 {UNPACKING}, {_names(lefts)};
+    many, first, scaled = len(totals), 4 * len(totals), blocks[0].scales is not None
+    halves = [range(0, many // 2), range(many // 2, many)] if many > 1 and scaled else [range(many)]
+    operands = _Operands(totals, address, blocks)
+    own = max(len(block.words) for block in blocks)  # registers of this sub-block, and of the next
+    names = [f"c{i}" if scaled else f"${i}" for i in range(first)]
+    text = f"""{{ .reg .f32 c<{first}>; .reg .b64 at, x; .reg .pred more; .reg .b32 {UNPACKING}, {_names(2 * own)};
         shr.u32 t, ${first}, 4; cvt.u64.u32 at, t;
         add.u64 at, at, {(MATRIX_BYTES >> 4) << 16 | (apart >> 4) << 32};\n"""
 
     def unpack(number: int) -> str:
-        block = blocks[number]
-        return "".join(
-            _unpacked(i + number % 2 * (lefts // 2), [item(word, block.unit) for word in pair], zero, up)
-            for i, (pair, up) in enumerate(zip(block.words, block.raised, strict=True))
-        )
+        return operands.unpack(blocks[number], zero, number % 2 * own)
 
     def begin(number: int, tiles: range) -> str:
-        sums = ", ".join(f"c{i}" for i in range(4 * tiles.start, 4 * tiles.stop))
+        sums = ", ".join(names[4 * tiles.start : 4 * tiles.stop])
         lines = ["wgmma.fence.sync.aligned;"]
         for i in range(len(blocks[number].words)):
             offset = blocks[number].offset + apart * tiles.start + 2 * MATRIX_BYTES * i
-            left = _left(i + number % 2 * (lefts // 2))
-            lines.append(f"add.u64 x, at, {offset >> 4}; setp.ne.b32 more, {i}, 0;")
+            left = _left(i + number % 2 * own)
+            lines.append(f"add.u64 x, at, {offset >> 4}; setp.ne.b32 more, {0 if scaled and not i else 1}, 0;")
             lines.append(f"{GROUPED_MMA.format(8 * len(tiles))} {{{sums}}}, {{{left}}}, x, more, 1, 1, 0;\n")
         return "".join([*lines, "wgmma.commit_group.sync.aligned;\n"])
 
-    def scaled(number: int, tiles: range) -> str:
-        block = blocks[number]
-        factors = [item(scale, block.unit) for scale in block.scales]
-        return "".join(
-            f"fma.rn.f32 ${i}, c{i}, {factors[i % 4 // 2]}, ${i};" for i in range(4 * tiles.start, 4 * tiles.stop)
-        )
-
     text += unpack(0) + "".join(begin(0, tiles) for tiles in halves)
-    for number in range(len(blocks)):
+    for number, block in enumerate(blocks):
         last = number == len(blocks) - 1
         text += "" if last else unpack(number + 1)
+        if not scaled:
+            text += "" if last else begin(number + 1, halves[0])
+            text += f"wgmma.wait_group.sync.aligned {0 if last else 1};\n"
+            continue
         for i, tiles in enumerate(halves):
             text += f"wgmma.wait_group.sync.aligned {len(halves) - 1 - (i if last else 0)};\n"
-            text += scaled(number, tiles) + ("" if last else begin(number + 1, tiles))
-    constraints = ["=f"] * first + ["r"] * 4 + [f"{i}" for i in range(first)]
-    constraints += ["r"] * (4 * len(words)) + ["f"] * (4 * len(scales))
-    operands = address, *totals, *(word.astype(jnp.int32) for word in words), *scales
-    return _arrays(text + " }", constraints, totals, operands)
+            text += operands.scaled(block, 4 * tiles.start, names[4 * tiles.start : 4 * tiles.stop])
+            text += "" if last else begin(number + 1, tiles)
+    return operands.run(text + " }")
+
+
+class _Operands:
+    """Of an assembly of sub-blocks: the totals, which are its results, then an address, then what the blocks have."""
+
+    def __init__(self, totals: Sequence[Fragment], address: Fragment, blocks: Sequence[SubBlock]) -> None:
+        self.totals, self.address = totals, address
+        bits = [array for block in blocks for pair in (*block.words, block.factors or ()) for array in pair]
+        self.bits = list({id(array): array for array in bits}.values())
+        self.scales = list({id(array): array for block in blocks for array in block.scales or ()}.values())
+
+    def name(self, array: Fragment, unit: int) -> str:
+        """The operand that is that item of a word, a factor or a scale."""
+        place = next(i for i, other in enumerate([*self.bits, *self.scales]) if other is array)
+        return f"${8 * len(self.totals) + 4 + 4 * place + unit}"
+
+    def unpack(self, block: SubBlock, zero: int, first: int) -> str:
+        """What its words hold, in `_left(first)` and those after it."""
+        text = ""
+        for i, (words, raised) in enumerate(zip(block.words, block.raised, strict=True), first):
+            names = [self.name(word, block.unit) for word in words]
+            if block.factors:
+                factors = [self.name(factor, block.unit) for factor in block.factors]
+                text += _multiplied(i, names, raised, block.mask, factors)
+            else:
+                text += _unpacked(i, names, zero, raised)
+        return text
+
+    def scaled(self, block: SubBlock, first: int, sums: Sequence[str]) -> str:
+        """Adds sums, scaled, to the totals from number `first` on; sums that are totals already need nothing."""
+        scales = [self.name(scale, block.unit) for scale in block.scales or ()]
+        lines = [
+            f"fma.rn.f32 ${i}, {name}, {scales[i % 4 // 2]}, ${i};" for i, name in enumerate(sums, first) if scales
+        ]
+        return "".join(lines)
+
+    def run(self, text: str) -> list[Fragment]:
+        """What the text leaves in its results, as arrays like the totals."""
+        many, bits = 4 * len(self.totals), [array.astype(jnp.int32) for array in self.bits]
+        constraints = ["=f"] * many + ["r"] * 4 + [f"{i}" for i in range(many)]
+        constraints += ["r"] * (4 * len(bits)) + ["f"] * (4 * len(self.scales))
+        shape = pallas.Shape(self.totals[0].shape, jnp.float32)
+        options = {"pack": 4, "pure": False, "arrays": len(self.totals)}
+        found = assembly(text, constraints, shape, self.address, *self.totals, *bits, *self.scales, **options)
+        return [found] if len(self.totals) == 1 else found
 
 
 UNPACKING = "t, f, z"  # registers of `_unpacked`
@@ -237,11 +261,14 @@ def _unpacked(number: int, words: Sequence[str], zero: int, raised: int) -> str:
     return text
 
 
-def _arrays(text: str, constraints: list[str], totals: Sequence[Fragment], operands: Sequence[jax.Array]) -> list:
-    """What the text leaves in its results, as arrays like the totals."""
-    shape, options = pallas.Shape(totals[0].shape, jnp.float32), {"pack": 4, "pure": False, "arrays": len(totals)}
-    found = assembly(text, constraints, shape, *operands, **options)
-    return [found] if len(totals) == 1 else found
+def _multiplied(number: int, words: Sequence[str], raised: int, mask: int, factors: Sequence[str]) -> str:
+    """The same, times a factor of either row: see `lanes.halves_of`."""
+    text = ""
+    for row, (word, factor) in enumerate(zip(words, factors, strict=True)):
+        for half, name in enumerate((f"a{4 * number + row}", f"a{4 * number + 2 + row}")):
+            text += f"shr.u32 t, {word}, {raised + 8 * half}; and.b32 t, t, {0x00010001 * mask}; "
+            text += f"mul.lo.u32 {name}, t, {factor};\n"
+    return text
 
 
 def by_column(even: Fragment, odd: Fragment, unit: int) -> Fragment:

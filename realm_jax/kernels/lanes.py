@@ -28,7 +28,9 @@ class Codes(NamedTuple):
     words: for each 16 weights, uint32. scales: float32, one for each sub-block of 16 or 32 weights. offsets: the same,
     or none. A weight is scale * (byte - zero) + offset, with `zero` of the format's `Reader`. mins: where offsets are
     whole numbers times one of the four units, instead of them: bytes 2 and 3 of a word, for the two sub-blocks of a
-    unit, and what they are multiplied by. raised: how far up their bytes the words hold their codes, in bits.
+    unit, and what they are multiplied by. raised: how far up their bytes the words hold their codes, in bits. mask: the
+    bits that a code has; other bits of its byte may be anything. whole, factors: where scales are whole numbers times
+    one number of the four units, that number, and they, as uint32, one for each sub-block.
     """
 
     words: list[jax.Array]
@@ -36,14 +38,15 @@ class Codes(NamedTuple):
     offsets: list[jax.Array] | None = None
     mins: tuple[jax.Array, jax.Array] | None = None
     raised: tuple[int, ...] = ()
+    mask: int = 0xFF
+    whole: jax.Array | None = None
+    factors: list[jax.Array] | None = None
 
     def lowered(self) -> list[jax.Array]:
-        """The words, where none is raised."""
-        return (
-            [word >> np.uint32(up) if up else word for word, up in zip(self.words, self.raised, strict=True)]
-            if self.raised
-            else self.words
-        )
+        """The words, where none is raised, with nothing but codes."""
+        raised = self.raised or (0,) * len(self.words)
+        words = [word >> np.uint32(up) if up else word for word, up in zip(self.words, raised, strict=True)]
+        return words if self.mask == 0xFF else [word & np.uint32(0x01010101 * self.mask) for word in words]
 
 
 class Lane(NamedTuple):
@@ -122,8 +125,8 @@ class Lane(NamedTuple):
 
 class Reader(NamedTuple):
     """read: a `Lane` -> `Codes`. unit: weights. sub_block: 16 or 32 weights that share a scale. zero: see `Codes`.
-    offsets, mins: whether there are any. copied: whether all that is read can be copied ahead of time. grid: the table
-    that it needs, uint32 (1 or 2 words, entries), or None.
+    offsets, mins, factors: whether there are any. copied: whether all that is read can be copied ahead of time. grid:
+    the table that it needs, uint32 (1 or 2 words, entries), or None.
     """
 
     read: Callable[[Lane], Codes]
@@ -132,6 +135,7 @@ class Reader(NamedTuple):
     zero: int
     offsets: bool = False
     mins: bool = False
+    factors: bool = False
     copied: bool = True
     grid: Callable[[], np.ndarray] | None = None
 
@@ -140,10 +144,17 @@ class Reader(NamedTuple):
 
 
 def halves_of(row: Codes, zero: int) -> list[tuple[jax.Array, jax.Array]]:
-    """Of each of the words, bytes 0 and 2, and 1 and 3, as pairs of float16, code * 2^-24; int32. zero: see `Codes`."""
+    """Of each of the words, bytes 0 and 2, and 1 and 3, as pairs of float16, code * 2^-24; int32. zero: see `Codes`.
+
+    With factors, code * factor * 2^-24: whole numbers below 2048, whose bits are those of such a float16, too.
+    """
     found = []
-    for word, raised in zip(row.words, row.raised or repeat(0), strict=False):
-        low, high = ((half & EVEN).astype(jnp.int32) for half in (word, word >> np.uint32(8)))
+    for i, (word, raised) in enumerate(zip(row.words, row.raised or repeat(0), strict=False)):
+        if row.factors:
+            factor, mask = row.factors[i * len(row.factors) // len(row.words)], np.uint32(0x00010001 * row.mask)
+            low, high = (((word >> np.uint32(raised + up) & mask) * factor).astype(jnp.int32) for up in (0, 8))
+        else:
+            low, high = ((half & EVEN).astype(jnp.int32) for half in (word, word >> np.uint32(8)))
         if zero:
             low, high = (fragments.subtract_halves(pair, zero, raised) for pair in (low, high))
         found.append((low, high))

@@ -163,9 +163,14 @@ def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], asked: pref
         rows, totals = matrix.read(s, taken), list(totals)
         parts = [halves_of(row, reader.zero) for row in rows]
         place = s * own.warps + warp
+        sums = [zero] * tiles if reader.factors else totals
         for unit in range(4):
             for sub in range(reader.unit // reader.sub_block):
-                add_sub_block(unit, sub, rows, parts, x, place, totals)
+                add_sub_block(unit, sub, rows, parts, x, place, sums)
+        if reader.factors:
+            wholes = [row.whole for row in rows]
+            pairs_of_sums = zip(sums, totals, strict=True)
+            totals = [fragments.add_scaled(dot, *wholes, total, 0, live == 1) for dot, total in pairs_of_sums]
         if reader.mins:
             totals = add_mins(totals, rows, lambda tile: pairs(tile, x, s), own.pieces, zero, live == 1)
         return totals
@@ -174,16 +179,19 @@ def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], asked: pref
         return x[blocks] if early else read_few(pairs_place(tile, s))
 
     def add_sub_block(unit: int, sub: int, rows: list, parts: list, x: list, place: jax.Array, totals: list) -> None:
-        """What one sub-block of a unit adds to the totals."""
+        """What one sub-block of a unit adds to the totals; with factors, its products alone."""
         sixteens = reader.sub_block // 16
         low, high = rows
         for tile, total in enumerate(totals):
-            dot = zero
+            dot = total if reader.factors else zero
             for sixteen in range(sub * sixteens, sub * sixteens + sixteens):
                 at = unit * (reader.unit // 16) + sixteen  # of the 16s of four units
                 pieces = x[at // 2] if early else load_pieces(tile, place * blocks + at // 2)
                 a = tuple(part[sixteen][pair] for pair in range(2) for part in parts)
                 dot = fragments.mma(dot, a, pieces, unit, at % 2)
+            if reader.factors:
+                totals[tile] = dot
+                continue
             total = fragments.add_scaled(dot, low.scales[sub], high.scales[sub], total, unit, live == 1)
             if reader.offsets:
                 sums = fragments.by_column(*sums_of(tile, sub, x, place), unit)

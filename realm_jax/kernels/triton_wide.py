@@ -64,6 +64,7 @@ def kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], asked: prefe
 
     def take_step(step: jax.Array, carry: tuple[Tokens, Totals]) -> tuple[Tokens, Totals]:
         (of_w, of_x), totals = carry
+        sums = (zero,) * tiles if reader.factors else totals
         for part in range(parts):
             of_x = x.wait(of_x)
             if part == 0:
@@ -71,8 +72,11 @@ def kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], asked: prefe
                 of_w = weights.put(together(of_w), step + own.stages)
             of_x = put_x(of_x, step, part + own.x_stages - 1)
             there = x.at(of_x, step * parts + part, group(step) * parts + part, group(step))
-            totals = add_part(totals, rows, there, part)
-        return (of_w, of_x), tuple(add_mins(totals, rows, there.pairs, own.pieces, zero)) if reader.mins else totals
+            sums = add_part(sums, rows, there, part)
+        if reader.factors:
+            wholes, pairs = [row.whole for row in rows], zip(sums, totals, strict=True)
+            sums = tuple(fragments.add_scaled(dot, *wholes, total, 0, False) for dot, total in pairs)
+        return (of_w, of_x), tuple(add_mins(sums, rows, there.pairs, own.pieces, zero)) if reader.mins else sums
 
     def add_part(totals: Totals, rows: list[Codes], there: Stage, part: int) -> Totals:
         size = reader.sub_block if reader.offsets else STAGE_INPUTS  # offsets come after their own sub-block
