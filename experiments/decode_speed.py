@@ -11,7 +11,8 @@ Compiling is timed twice: with an empty cache on disk, and again, with nothing i
 Time by kernel comes from a profile of one more call; while a profiler runs XLA may launch kernels one by one that
 otherwise stand in a CUDA graph (`--xla_enable_command_buffers_during_profiling` in XLA_FLAGS keeps the graphs).
 
-Decoding is timed with each of `environments` in turn: what a switch of the kernels brings, on one card in one run.
+Decoding is timed with each of `environments` in turn: what a variable that is read while kernels are traced
+brings (REALM_TILES=tiles.json), on one card in one run.
 
 results.md has the tables, results.json the numbers, decode_speed.png the plot.
 """
@@ -96,7 +97,7 @@ def variables(text: str) -> dict[str, str]:
     pairs = [part.partition("=") for part in text.split()]
     for name, equals, _ in pairs:
         if not equals or not name.startswith("REALM_"):
-            raise RealmError(f'environments: {text!r}: want names that begin with REALM_, as in "REALM_PREFETCH=0"')
+            raise RealmError(f'environments: {text!r}: want names that begin with REALM_, like "REALM_TILES=a.json"')
     return {name: value for name, _, value in pairs}
 
 

@@ -226,7 +226,7 @@ class Program:
             self.groups = self.groups[arrived:]
         elif way in ("ca", "cg") and one.opcode.endswith("shared.global"):
             self._begin_copy(one, active)
-        elif not one.opcode.startswith("cp.async.bulk.prefetch"):
+        else:
             raise RealmError("this copy is not simulated")
 
     def _begin_copy(self, one: Instruction, active: Array) -> None:
@@ -314,6 +314,5 @@ SPECIAL: dict[str, Callable[[Program, Instruction, Array], None]] = {
     "ld": Program._load, "st": Program._store, "cp": Program._copy, "bar": Program._barrier,
     "barrier": Program._barrier, "mma": Program._multiply, "ldmatrix": Program._matrices,
     "stmatrix": Program._matrices, "shfl": Program._shuffle, "redux": Program._reduce,
-    "atom": Program._update, "cvta": Program._convert_address,
-    "griddepcontrol": Program._nothing, "prefetch": Program._nothing,
+    "atom": Program._update, "cvta": Program._convert_address, "griddepcontrol": Program._nothing,
 }  # fmt: skip

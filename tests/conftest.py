@@ -18,7 +18,7 @@ if not ON_GPU:
 # No test reads or warms the user's own compilation cache, or reads their tile sizes. All processes of a run share one
 # folder (the workers have it from the process that starts them; notebooks and commands from the test that does), and
 # whatever one of them compiles is kept there: fetching a program takes milliseconds, compiling it a hundred.
-for _name in ("REALM_JAX_CACHE", "REALM_TILES", "REALM_PREFETCH"):
+for _name in ("REALM_JAX_CACHE", "REALM_TILES"):
     os.environ.pop(_name, None)
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _cache = tempfile.TemporaryDirectory(prefix="realm-test-cache-", ignore_cleanup_errors=True)

@@ -20,6 +20,7 @@ from realm_jax.cli.main import run as run_command
 from realm_jax.decode.loop import decode, step
 from realm_jax.errors import RealmError, RequestError
 from realm_jax.experiment import Run, load_config, read_json
+from realm_jax.kernels import reference
 from realm_jax.kernels.matmul import IMPLEMENTATIONS
 
 CONFIG = Path(__file__).parents[1] / "configs" / "decode_speed.toml"
@@ -84,9 +85,16 @@ def test_what_cannot_be_measured_is_said(model):
         speed.time_decode(broken, 1, 10, 5, 1)
 
 
-def test_a_run_of_the_experiment(model_file, tmp_path):
+def test_a_run_of_the_experiment(model_file, tmp_path, monkeypatch):
     small = ["batches=[2]", "context=10", "steps=3", "prompt_tokens=20", "chunk=8", "repeats=2", 'cache="float32"']
-    small.append('environments=["", "REALM_PREFETCH=0"]')
+    own, traced, product = f"REALM_TILES={tmp_path}/own.json", [], reference.dense_matmul
+    small.append(f'environments=["", "{own}"]')
+
+    def traced_product(x, w):
+        traced.append(os.environ.get("REALM_TILES", ""))
+        return product(x, w)
+
+    monkeypatch.setattr(reference, "dense_matmul", traced_product)
     config = load_config(decode_speed.DecodeSpeedConfig, CONFIG, [f"model={model_file}", 'matmul="reference"', *small])
     run = Run.create(config, "decode_speed", root=tmp_path, name="small")
     weights = speed.weight_bytes(realm.load(model_file).params)
@@ -95,7 +103,7 @@ def test_a_run_of_the_experiment(model_file, tmp_path):
     assert (jax.config.jax_compilation_cache_dir, IMPLEMENTATIONS) == before
     found = read_json(run.folder / "results.json")
     assert [(line["kind"], line["batch"], line["tokens"], line["environment"]) for line in found["lines"]] == [
-        ("prefill", 1, 20, ""), ("decode", 2, 6, ""), ("decode", 2, 6, "REALM_PREFETCH=0"),
+        ("prefill", 1, 20, ""), ("decode", 2, 6, ""), ("decode", 2, 6, own),
     ]  # fmt: skip
     for line in found["lines"][1:]:
         assert line["weight_bytes"] == weights < line["step_bytes"] and line["compile_seconds"] > 0
@@ -104,7 +112,8 @@ def test_a_run_of_the_experiment(model_file, tmp_path):
         assert line["share_of_floor"] == pytest.approx(share)
     table = (run.folder / "results.md").read_text(encoding="utf-8")
     assert "| small.gguf | 2 |" in table and "small.gguf, batch 2: the profile has nothing of a GPU." in table
-    assert "| small.gguf REALM_PREFETCH=0 | 2 |" in table and "REALM_PREFETCH" not in os.environ
+    assert f"| small.gguf {own} | 2 |" in table and "REALM_TILES" not in os.environ
+    assert list(dict.fromkeys(traced)) == ["", f"{tmp_path}/own.json"]  # each is there while a loop is traced
     assert (run.folder / "decode_speed.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -118,7 +127,7 @@ def test_a_run_of_the_experiment(model_file, tmp_path):
         ("steps=0", "steps is 0; want at least 1"),
         ("batches=[0]", "batches: want at least 1 each"),
         ('environments=["PATH=0"]', "environments: 'PATH=0': want names that begin with REALM_"),
-        ('environments=["REALM_PREFETCH"]', "environments: 'REALM_PREFETCH': want names that begin with REALM_"),
+        ('environments=["REALM_TILES"]', "environments: 'REALM_TILES': want names that begin with REALM_"),
     ],
 )
 def test_a_config_that_cannot_be_run(change, message):

@@ -91,25 +91,20 @@ class AheadOfTiles(Ahead):
         step: Callable[["Rows", jax.Array, list[list], list], list],
         finish: Callable[["Rows", jax.Array, list, jax.Array | None], list],
         zeros: list,
-        fetch: Callable[[], None] = lambda: None,
     ) -> None:
         """All that a program does: every step of each of its tiles adds to totals (`zeros` before the first), with what
         it reads, and then they are stored. finish: rows, of which of the weights, totals, and which tile it is, if
-        there are several -> zeros, which come after the results (`results.leave`). fetch: what is done when all is
-        read."""
+        there are several -> zeros, which come after the results (`results.leave`)."""
 
         def take_tile(number: jax.Array, state: tuple) -> tuple:
             token, totals = state
             rows, which = self.rows(number)
             token, totals = self.over_steps(number, rows, functools.partial(step, rows), token, totals)
-            if not self.several:
-                fetch()
             return token, finish(rows, which, totals, number if self.several else None)
 
         state = self.begin(), zeros
         if self.several:
             _, left = lax.fori_loop(0, self.count, take_tile, state)
-            fetch()
         else:
             _, left = take_tile(jnp.int32(0), state)
         for zero in left:

@@ -30,12 +30,11 @@ class Implementation(NamedTuple):
     """One way to multiply by packed weights.
 
     refuses: (x shape, w) -> why it cannot serve that call, or None if it can; decided in Python, from static facts.
-    apply: (x (..., K), w (N, K), what is read next, *) -> (..., N) in the dtype of x; only "triton" is told of what is
-    read next. transposed: (y (..., N), w) -> (..., K), for gradients.
+    apply: (x (..., K), w (N, K)) -> (..., N) in the dtype of x. transposed: (y (..., N), w) -> (..., K), for gradients.
     """
 
     refuses: Callable[[tuple[int, ...], QuantizedTensor], str | None]
-    apply: Callable[..., jax.Array]
+    apply: Callable[[jax.Array | Prepared, QuantizedTensor], jax.Array]
     transposed: Callable[[jax.Array, QuantizedTensor], jax.Array]
 
 
@@ -44,7 +43,7 @@ def _few_rows(apply: Callable[..., jax.Array], *, int8: bool) -> Callable[..., j
     vmapped = custom_vmap(apply)
 
     @vmapped.def_vmap
-    def _(size: int, batched: tuple, x: jax.Array | Prepared, w: QuantizedTensor, *_then) -> tuple[jax.Array, bool]:
+    def _(size: int, batched: tuple, x: jax.Array | Prepared, w: QuantizedTensor) -> tuple[jax.Array, bool]:
         x, batched = plain(x), (plain(batched[0]), batched[1])
 
         def product(pair: tuple) -> jax.Array:
@@ -86,9 +85,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         _int8(lambda x_shape, w: None), _few_rows(reference.matmul_int8, int8=True), _transposed
     ),
     "triton": Implementation(
-        triton_matmul.refuses,
-        _few_rows(lambda x, w, *then: triton_matmul.matmul(x, w, then=then), int8=False),
-        _transposed,
+        triton_matmul.refuses, _few_rows(lambda x, w: triton_matmul.matmul(x, w), int8=False), _transposed
     ),
     "dense": Implementation(dense.refuses, dense.matmul, dense.matmul_transposed),
     "reference": Implementation(lambda x_shape, w: None, reference.matmul, reference.matmul_transposed),
@@ -108,14 +105,13 @@ def wanted_form(x: jax.Array, weights: Sequence[Weight]) -> Form | None:
     return max(forms, key=forms.count, default=None)
 
 
-def matmul(x: jax.Array | Prepared, w: Weight, *, impl: str = "auto", then: Sequence[Weight] = ()) -> jax.Array:
+def matmul(x: jax.Array | Prepared, w: Weight, *, impl: str = "auto") -> jax.Array:
     """x @ w.T: x (..., K) float32, bfloat16 or float16 and w (N, K) give (..., N) in the dtype of x.
 
     Products are summed in float32. Differentiable in x; packed weights are constants (their gradient is zero), dense
     weights are differentiable too. x may come prepared for some form: the result is the same to the bit. impl: "auto",
-    or a name in IMPLEMENTATIONS. then: the weights that will be read next, in order, which the kernel for few rows
-    fetches into the GPU's cache meanwhile (`prefetch`); they change no result. RealmError if the shapes do not fit, or
-    if that implementation cannot serve this format and shape.
+    or a name in IMPLEMENTATIONS. RealmError if the shapes do not fit, or if that implementation cannot serve this
+    format and shape.
     """
     prepared, x = x, plain(x)
     if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[-1]:
@@ -125,47 +121,42 @@ def matmul(x: jax.Array | Prepared, w: Weight, *, impl: str = "auto", then: Sequ
     else:
         _check_serves(impl, x.shape, w)
     if isinstance(w, QuantizedTensor):
-        prepared, then = (prepared, tuple(then)) if impl == "triton" else (x, ())
-        return _packed_matmul(impl, x, prepared, w, then)
+        return _packed_matmul(impl, x, prepared if impl == "triton" else x, w)
     return reference.dense_matmul(x, w)
 
 
-def matmul_each(x: jax.Array | Prepared, weights: Sequence[Weight], *, then: Sequence[Weight] = ()) -> list[jax.Array]:
+def matmul_each(x: jax.Array | Prepared, weights: Sequence[Weight]) -> list[jax.Array]:
     """`matmul` of x by each of the weights, the same to the bit; in fewer launches where the kernel for few rows serves
-    them all. then: the weights that will be read after these."""
+    them all."""
     if len(weights) == 1 or any(choose_impl(x.shape, w) != "triton" or w.shape[-1] != x.shape[-1] for w in weights):
-        return [matmul(x, w, then=weights[i + 1 : i + 2] or then) for i, w in enumerate(weights)]
-    return list(_packed_matmul_each(plain(x), x, tuple(weights), tuple(then)))
+        return [matmul(x, w) for w in weights]
+    return list(_packed_matmul_each(plain(x), x, tuple(weights)))
 
 
 @custom_vmap
-def _each(x: jax.Array | Prepared, weights: tuple[QuantizedTensor, ...], then: tuple) -> tuple[jax.Array, ...]:
-    return tuple(triton_matmul.matmul_each(x, weights, then))
+def _each(x: jax.Array | Prepared, weights: tuple[QuantizedTensor, ...]) -> tuple[jax.Array, ...]:
+    return tuple(triton_matmul.matmul_each(x, weights))
 
 
 @_each.def_vmap
-def _(
-    size: int, batched: tuple, x: jax.Array | Prepared, weights: tuple, _then: tuple
-) -> tuple[tuple[jax.Array, ...], tuple]:
-    x_axes, axes = jax.tree.map(lambda own: 0 if own else None, tuple(batched[:2]))
+def _(size: int, batched: tuple, x: jax.Array | Prepared, weights: tuple) -> tuple[tuple[jax.Array, ...], tuple]:
+    x_axes, axes = jax.tree.map(lambda own: 0 if own else None, tuple(batched))
     vmapped = functools.partial(jax.vmap, matmul, axis_size=size)
     results = (vmapped((x_axes, w_axes))(x, w) for w, w_axes in zip(weights, axes, strict=True))
     return tuple(results), (True,) * len(weights)
 
 
 @jax.custom_vjp
-def _packed_matmul_each(
-    x: jax.Array, prepared: jax.Array | Prepared, weights: tuple, then: tuple
-) -> tuple[jax.Array, ...]:
-    return _each(prepared, weights, then)
+def _packed_matmul_each(x: jax.Array, prepared: jax.Array | Prepared, weights: tuple) -> tuple[jax.Array, ...]:
+    return _each(prepared, weights)
 
 
-def _packed_matmul_each_forward(x: jax.Array, prepared: jax.Array | Prepared, weights: tuple, then: tuple) -> tuple:
-    return _packed_matmul_each(x, prepared, weights, then), weights
+def _packed_matmul_each_forward(x: jax.Array, prepared: jax.Array | Prepared, weights: tuple) -> tuple:
+    return _packed_matmul_each(x, prepared, weights), weights
 
 
-def _packed_matmul_each_backward(weights: tuple, changes: tuple[jax.Array, ...]) -> tuple[jax.Array, None, None, None]:
-    return sum(_transposed(dy, w) for dy, w in zip(changes, weights, strict=True)), None, None, None
+def _packed_matmul_each_backward(weights: tuple, changes: tuple[jax.Array, ...]) -> tuple[jax.Array, None, None]:
+    return sum(_transposed(dy, w) for dy, w in zip(changes, weights, strict=True)), None, None
 
 
 _packed_matmul_each.defvjp(_packed_matmul_each_forward, _packed_matmul_each_backward)
@@ -186,21 +177,17 @@ def _check_serves(impl: str, x_shape: tuple[int, ...], w: Weight) -> None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _packed_matmul(
-    impl: str, x: jax.Array, prepared: jax.Array | Prepared, w: QuantizedTensor, then: tuple[Weight, ...]
-) -> jax.Array:
+def _packed_matmul(impl: str, x: jax.Array, prepared: jax.Array | Prepared, w: QuantizedTensor) -> jax.Array:
     """prepared: x again, as it is read. The derivative is all in x."""
-    return IMPLEMENTATIONS[impl].apply(prepared, w, *then)
+    return IMPLEMENTATIONS[impl].apply(prepared, w)
 
 
-def _packed_matmul_forward(
-    impl: str, x: jax.Array, prepared: jax.Array | Prepared, w: QuantizedTensor, then: tuple[Weight, ...]
-) -> tuple:
-    return _packed_matmul(impl, x, prepared, w, then), w  # the packed weights are all that the backward pass needs
+def _packed_matmul_forward(impl: str, x: jax.Array, prepared: jax.Array | Prepared, w: QuantizedTensor) -> tuple:
+    return _packed_matmul(impl, x, prepared, w), w  # the packed weights are all that the backward pass needs
 
 
-def _packed_matmul_backward(impl: str, w: QuantizedTensor, dy: jax.Array) -> tuple[jax.Array, None, None, None]:
-    return IMPLEMENTATIONS[impl].transposed(dy, w), None, None, None
+def _packed_matmul_backward(impl: str, w: QuantizedTensor, dy: jax.Array) -> tuple[jax.Array, None, None]:
+    return IMPLEMENTATIONS[impl].transposed(dy, w), None, None
 
 
 _packed_matmul.defvjp(_packed_matmul_forward, _packed_matmul_backward)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from realm_jax.kernels import codes, fragments, pallas, prefetch, triton_wide
+from realm_jax.kernels import codes, fragments, pallas, triton_wide
 from realm_jax.kernels.ahead import AheadOfTiles, Rows, matrix_of, place_of_pairs, places_of_pieces, places_of_sums
 from realm_jax.kernels.lanes import coordinates, halves_of
 from realm_jax.kernels.mins import add_mins
@@ -45,24 +45,17 @@ def refuses(x_shape: tuple[int, ...], w: QuantizedTensor) -> str | None:
     return None
 
 
-def matmul(
-    x: jax.Array | Prepared,
-    w: QuantizedTensor,
-    tiles: Tiles | None = None,
-    then: Sequence[jax.Array | QuantizedTensor] = (),
-) -> jax.Array:
+def matmul(x: jax.Array | Prepared, w: QuantizedTensor, tiles: Tiles | None = None) -> jax.Array:
     """x (..., K) @ w.T for packed weights (N, K), in the dtype of x; for few rows of x. tiles: None, what was found
-    best for such weights on this device. then: weights that are read next (see `prefetch`).
+    best for such weights on this device.
 
     Of float32 x 22 bits of every number count (fewer of one that is 2^29 times smaller than the largest of its row);
     16-bit x is exact. A row of x that is not finite gives NaN.
     """
-    return _launch(x, [w], cut(math.prod(x.shape[:-1]), x.dtype, w, tiles), then)[0]
+    return _launch(x, [w], cut(math.prod(x.shape[:-1]), x.dtype, w, tiles))[0]
 
 
-def matmul_each(
-    x: jax.Array | Prepared, weights: Sequence[QuantizedTensor], then: Sequence[jax.Array | QuantizedTensor] = ()
-) -> list[jax.Array]:
+def matmul_each(x: jax.Array | Prepared, weights: Sequence[QuantizedTensor]) -> list[jax.Array]:
     """`matmul` of x by each of the weights: one launch for those next to each other that can share it."""
     plans = [cut(math.prod(x.shape[:-1]), x.dtype, w) for w in weights]
     results, together = [], [0]
@@ -70,7 +63,7 @@ def matmul_each(
         if i < len(weights) and _shared(weights[i - 1], plans[i - 1]) == _shared(weights[i], plans[i]) is not None:
             together.append(i)
         else:
-            results += _launch(x, [weights[j] for j in together], plans[together[0]], weights[i : i + 1] or then)
+            results += _launch(x, [weights[j] for j in together], plans[together[0]])
             together = [i]
     return results
 
@@ -83,24 +76,18 @@ def _shared(w: QuantizedTensor, own: Plan) -> tuple | None:
     return w.format, own._replace(outputs=0)
 
 
-def _launch(
-    x: jax.Array | Prepared,
-    weights: list[QuantizedTensor],
-    own: Plan,
-    then: Sequence[jax.Array | QuantizedTensor],
-) -> list[jax.Array]:
+def _launch(x: jax.Array | Prepared, weights: list[QuantizedTensor], own: Plan) -> list[jax.Array]:
     """Products by weights of one format and one plan, but for their outputs."""
     format = weights[0].format
     reader, names = codes.READERS[format], codes.fields(format)
     prepared = operand_of(x, own.form(reader))
     planes = [w.planes[name] for w in weights for name in names]
-    later, asked = prefetch.request(then)
-    operands = [*later, *prepared, *planes, *([] if reader.grid is None else [jnp.asarray(reader.grid())])]
+    operands = [*prepared, *planes, *([] if reader.grid is None else [jnp.asarray(reader.grid())])]
     outputs = tuple(w.shape[0] for w in weights)
     own = balanced(own, outputs)
     kernel = triton_wide.kernel if own.across else _kernel
     results = pallas.call(
-        functools.partial(kernel, own=own, format=format, outputs=outputs, asked=asked),
+        functools.partial(kernel, own=own, format=format, outputs=outputs),
         operands,
         shapes(own, outputs, x.dtype),
         grid=grid_of(own, outputs),
@@ -113,10 +100,9 @@ def _launch(
     return [y.reshape(*x.shape[:-1], -1) for y in results]
 
 
-def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], asked: prefetch.Request) -> None:
+def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...]) -> None:
     """One program: ROWS rows of one of the weights at a time, `own_tiles` times, all of K, `own.program_tiles` tiles of
     eight columns."""
-    later, refs = refs[: len(asked.counts)], refs[len(asked.counts) :]
     pieces_ref, sums_ref, back_ref, *plane_refs = refs[: -len(outputs)]
     reader = codes.READERS[format]
     first_tile, tiles = pallas.program_id(1) * own.program_tiles, own.program_tiles
@@ -213,7 +199,4 @@ def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], asked: pref
             for back, total, at in zip(backs, sums, columns, strict=True)
         ]
 
-    def fetch() -> None:
-        prefetch.fetch(later, asked, grid_of(own, outputs), own.warps)
-
-    AheadOfTiles(rows_of, places_of_x, own, outputs).over_tiles(step, finish, [zero] * tiles, fetch)
+    AheadOfTiles(rows_of, places_of_x, own, outputs).over_tiles(step, finish, [zero] * tiles)

@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from realm_jax.kernels import fragments, pallas, prefetch
+from realm_jax.kernels import fragments, pallas
 from realm_jax.kernels.ahead import Ahead, matrix_of
 from realm_jax.kernels.columns import STAGE_INPUTS, Columns, Stage
 from realm_jax.kernels.fragments import Fragment
 from realm_jax.kernels.lanes import Codes
 from realm_jax.kernels.mins import add_mins
-from realm_jax.kernels.plan import GROUPED_BYTES, Plan, grid_of
+from realm_jax.kernels.plan import GROUPED_BYTES, Plan
 from realm_jax.kernels.results import keep, store
 from realm_jax.kernels.ring import commit, together
 from realm_jax.kernels.turns import Held, InMemory, InShared, Waiting, shared
@@ -28,10 +28,9 @@ Tokens = tuple[jax.Array | None, jax.Array | None]  # of what is read ahead of w
 Totals = tuple[Fragment, ...]  # of tiles
 
 
-def kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], asked: prefetch.Request) -> None:
+def kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...]) -> None:
     """One program: `own.program_rows` rows of one of the weights, one turn of K or all, `own.program_tiles` tiles of
     eight columns."""
-    later, refs = refs[: len(asked.counts)], refs[len(asked.counts) :]
     count = len(outputs) + (own.waits and not shared(own))
     (pieces_ref, sums_ref, back_ref, *plane_refs), left_refs = refs[:-count], refs[-count:]
     turn, turns = (pallas.program_id(2), 1) if own.split else (jnp.int32(0), own.turns)
@@ -106,7 +105,6 @@ def kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], asked: prefe
         totals = waiting.take(held)
     else:
         _, totals = lax.fori_loop(0, own.steps, take_step, (begin(), (zero,) * tiles))
-    prefetch.fetch(later, asked, grid_of(own, outputs), own.warps)
     for tile, total in enumerate(totals):
         for number, y_ref in enumerate(left_refs[: len(outputs)]):
             at = matrix.first, first_tile + tile, own, which == number

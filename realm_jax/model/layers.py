@@ -68,13 +68,12 @@ def project(
     name: str,
     deltas: Attention | FeedForward | None = None,
     observe: Observe | None = None,
-    then: Sequence[Weight] = (),
 ) -> jax.Array:
     """The linear weight `name` of a block, its deltas and its bias, applied to x (..., K).
 
-    deltas: the same block of an adapter's tree. observe: is told of x first. then: the weights that are read next.
+    deltas: the same block of an adapter's tree. observe: is told of x first.
     """
-    return project_each(x, weights, (name,), deltas, observe, then)[0]
+    return project_each(x, weights, (name,), deltas, observe)[0]
 
 
 def project_each(
@@ -83,14 +82,13 @@ def project_each(
     names: tuple[str, ...],
     deltas: Attention | FeedForward | None = None,
     observe: Observe | None = None,
-    then: Sequence[Weight] = (),
 ) -> list[jax.Array]:
     """`project` of the same x by several weights of a block, in fewer launches where a kernel can."""
     if observe is not None:
         for name in names:
             observe(name, plain(x))
     changes = [None if deltas is None else getattr(deltas, name) for name in names]
-    products = matmul_each(x, [getattr(weights, name) for name in names], then=then)
+    products = matmul_each(x, [getattr(weights, name) for name in names])
     return [
         _finished(y, x, getattr(weights, f"{name}_bias"), change)
         for y, name, change in zip(products, names, changes, strict=True)
@@ -162,7 +160,7 @@ def project_qkv(
     """Normed input -> queries (B, T, H, C), keys and values (B, T, K, C), none of them rotated."""
     B, T, _ = x_BTD.shape
     C = config.head_width
-    q, k, v = project_each(x_BTD, w, ("q", "k", "v"), deltas, observe, then=(w.o,))
+    q, k, v = project_each(x_BTD, w, ("q", "k", "v"), deltas, observe)
     return q.reshape(B, T, config.heads, C), *(y.reshape(B, T, config.kv_heads, C) for y in (k, v))
 
 
@@ -212,9 +210,8 @@ def attend(
     first_BT: jax.Array | None = None,
     deltas: Attention | None = None,
     observe: Observe | None = None,
-    then: Sequence[Weight] = (),
 ) -> jax.Array:
-    """Attention and its output projection, (B, T, D). then: the weights that are read next."""
+    """Attention and its output projection, (B, T, D)."""
     out_BTHC = attention(
         q_BTHC,
         kv.k,
@@ -228,7 +225,7 @@ def attend(
         rows_B=kv.rows_B,
         window=kv.window,
     )
-    return project(out_BTHC.reshape(*out_BTHC.shape[:2], -1), w, "o", deltas, observe, then)
+    return project(out_BTHC.reshape(*out_BTHC.shape[:2], -1), w, "o", deltas, observe)
 
 
 def feed_forward(
@@ -236,9 +233,7 @@ def feed_forward(
     x_BTD: jax.Array | Prepared,
     deltas: FeedForward | None = None,
     observe: Observe | None = None,
-    then: Sequence[Weight] = (),
 ) -> jax.Array:
-    """Normed input -> gated feed-forward network with SiLU (Shazeer 2020), (B, T, D). then: the weights that are read
-    next."""
-    gate_BTF, up_BTF = project_each(x_BTD, w, ("gate", "up"), deltas, observe, then=(w.down,))
-    return project(gated(gate_BTF, up_BTF, w.down), w, "down", deltas, observe, then)
+    """Normed input -> gated feed-forward network with SiLU (Shazeer 2020), (B, T, D)."""
+    gate_BTF, up_BTF = project_each(x_BTD, w, ("gate", "up"), deltas, observe)
+    return project(gated(gate_BTF, up_BTF, w.down), w, "down", deltas, observe)

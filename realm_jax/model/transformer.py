@@ -15,7 +15,7 @@ from realm_jax.kernels.residency import rematerialize
 from realm_jax.model import layers
 from realm_jax.model.cache import UNBROKEN, KeyValues, KVCache
 from realm_jax.model.config import Config
-from realm_jax.model.params import Layer, Params, Weight
+from realm_jax.model.params import Layer, Params
 from realm_jax.model.rope import rope_tables, rotate
 
 Observe = Callable[[tuple[str | int, ...], jax.Array], None]  # told of a weight, by its path, and its input (B, T, K)
@@ -80,10 +80,8 @@ def run(
         rotation: layers.Rotation,
         place_BT: jax.Array,
         first_BT: jax.Array | None,
-        then: tuple[Weight, ...],
     ) -> tuple:
-        """The sum of x and `more` through a layer; again as two, which the next norm adds up. then: the weights that
-        are read after it."""
+        """The sum of x and `more` through a layer; again as two, which the next norm adds up."""
         in_attn, in_ffn = (_observe_within(observe, "layers", i, part) for part in ("attn", "ffn"))
         attn, ffn = layer.attn, layer.ffn
         x_BTD, normed_BTD = layers.add_norm(x_BTD, more_BTD, attn.norm, config.norm_eps, (attn.q, attn.k, attn.v))
@@ -96,11 +94,9 @@ def run(
             new = q_BTHC, k_BTKC, v_BTKC
             q_BTHC, cache = layers.rotate_into(cache, i, row_B, write_BT, *new, rotation, halves)
             kv = cache.read(i, rows_B)
-        wide = ffn.gate, ffn.up
-        after = ffn.norm, *wide
-        more_BTD = layers.attend(attn, config, q_BTHC, kv, place_BT, first_BT, change.attn, in_attn, then=after)
-        x_BTD, normed_BTD = layers.add_norm(x_BTD, more_BTD, ffn.norm, config.norm_eps, wide)
-        return x_BTD, layers.feed_forward(ffn, normed_BTD, change.ffn, in_ffn, then), cache
+        more_BTD = layers.attend(attn, config, q_BTHC, kv, place_BT, first_BT, change.attn, in_attn)
+        x_BTD, normed_BTD = layers.add_norm(x_BTD, more_BTD, ffn.norm, config.norm_eps, (ffn.gate, ffn.up))
+        return x_BTD, layers.feed_forward(ffn, normed_BTD, change.ffn, in_ffn), cache
 
     x_BTD = layers.embed(params.embedding, tokens_BT, None if deltas is None else deltas.embedding).astype(dtype)
     more_BTD = None
@@ -108,8 +104,7 @@ def run(
         change = Layer(None, None) if deltas is None else deltas.layers[i]
         one = functools.partial(block, i)
         one = rematerialize(one) if remat else one
-        then = () if remat else _read_after(params, i)
-        x_BTD, more_BTD, cache = one(x_BTD, more_BTD, layer, change, cache, rotation, place_BT, first_BT, then)
+        x_BTD, more_BTD, cache = one(x_BTD, more_BTD, layer, change, cache, rotation, place_BT, first_BT)
         if remat:  # one array is kept, not two
             x_BTD, more_BTD = x_BTD + more_BTD, None
     x_BTD = x_BTD if more_BTD is None else x_BTD + more_BTD
@@ -138,14 +133,6 @@ def unembed(
         observe((name,), plain(x))
     own = None if deltas is None else deltas.output
     return layers.linear(x, getattr(params, name), deltas=own).astype(jnp.float32)
-
-
-def _read_after(params: Params, i: int) -> tuple[Weight, ...]:
-    """The weights that a step reads first after layer i: of the next layer, or for the logits."""
-    if i + 1 < len(params.layers):
-        attn = params.layers[i + 1].attn
-        return attn.norm, attn.q, attn.k  # not v: its format is often another, and one more kernel to compile
-    return params.norm, params.embedding if params.output is None else params.output
 
 
 def _observe_within(observe: Observe | None, *path: str | int) -> layers.Observe | None:

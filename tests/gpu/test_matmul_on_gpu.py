@@ -1,7 +1,5 @@
 """Products by packed weights on a GPU: every format against float64, and a row's bits whatever is beside it."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,21 +56,3 @@ def test_several_weights_of_one_x_are_multiplied_as_each_is(names, rows):
     weights = [random_weights(name, n, 1024, seed=n) for name, n in zip(names.split(), (96, 21, 32), strict=True)]
     for y, w in zip(jax.jit(matmul_each)(x, weights), weights, strict=True):
         np.testing.assert_array_equal(np.asarray(y), np.asarray(matmul(x, w, impl="triton")))
-
-
-@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "IQ2_XS"])
-@pytest.mark.parametrize("rows", [1, 9, 33])
-def test_what_is_fetched_ahead_changes_no_bits(name, rows):
-    """Planes of odd sizes, and one smaller than a line; products that take turns with what they ask for."""
-    x, w, _ = product(rows, name, 4096, 1024, jnp.bfloat16)
-    back = random_weights("Q4_K", 1021, 4096, seed=2)
-    dense = jnp.ones((3, 5), jnp.bfloat16)
-
-    @functools.partial(jax.jit, static_argnames="ask")
-    def both(x, ask):
-        y = matmul(x, w, impl="triton", then=(back, dense) if ask else ())
-        return y, *matmul_each(y, [back, back], then=(dense, w) if ask else ())
-
-    for _ in range(20):
-        for got, want in zip(both(x, True), both(x, False), strict=True):
-            np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
