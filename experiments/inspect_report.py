@@ -21,15 +21,15 @@ MOST_NAMES = 30
 def show_kernels(kernels: list[dict[str, Any]]) -> None:
     """A paragraph for each kernel."""
     for one in kernels:
-        loops = "".join(f", a loop of {loop['instructions']} x {loop['trips']:.3g}" for loop in one["loops"])
+        loops = "".join(f", a loop of {loop['instructions']} x {loop['trips']}" for loop in one["loops"])
         click.echo(
             f"\n{one['kernel']}: grid {one['grid']} x {one['threads']} threads, {one['registers']} registers, "
             f"{one['spilled_bytes']} B spilled, {one['shared_bytes']} B shared, "
             f"{one['instructions']} instructions{loops}"
         )
         counts = one["histogram"]
-        click.echo("  " + "  ".join(f"{name} {counts[name]:.0f}" for name in SHOWN if name in counts))
-        click.echo("  other: " + "  ".join(f"{k} {n:.0f}" for k, n in counts.items() if k not in SHOWN and n > 2))
+        click.echo("  " + "  ".join(f"{name} {counts[name]}" for name in SHOWN if name in counts))
+        click.echo("  other: " + "  ".join(f"{k} {n}" for k, n in counts.items() if k not in SHOWN and n > 2))
         if "floors_us" in one:
             most = f"; at most {one['at_most_gb_per_s']:.0f} GB/s" if "at_most_gb_per_s" in one else ""
             floors = "  ".join(f"{unit} {us:.1f}" for unit, us in one["floors_us"].items())

@@ -2,10 +2,9 @@
 
     python experiments/tune_kernels.py [CONFIG] [--set 'formats=["Q4_K"]' ...] [--set out=realm_jax/kernels/tiles.json]
 
-For each format and class of shape every candidate (warps x stages x resident) is timed at the first number of rows, the
-best few, with each number of warps across, at all of them; the one whose weighted times are the least is taken. That
-one is compared with dequantizing first at growing numbers of rows: `most_rows` is the last up to which it is never
-slower.
+For each format and class of shape every candidate (warps x stages) is timed at the first number of rows, and the best
+few, with each number of warps across, at all of them; the one whose weighted times are the least is taken. That one is
+compared with dequantizing first at growing numbers of rows: `most_rows` is the last up to which it is never slower.
 After each format the file is merged into and written anew, so a run can be stopped and resumed, or do a few formats at
 a time. results.md has all times, as `product_times` measures them.
 """
@@ -35,7 +34,7 @@ from realm_jax.quant import FORMATS, QuantizedTensor
 Line = dict[str, Any]
 MOST, LEAST = (pick(tiles.ALLOWED["most_rows"][0]) for pick in (max, min))
 NEVER = float("inf")
-SEARCHED = ("warps", "stages", "across", "resident")
+SEARCHED = ("warps", "stages", "across")
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,6 @@ class TuneKernelsConfig:
     warps: tuple[int, ...] = (4, 8)
     stages: tuple[int, ...] = (3,)
     across: tuple[int, ...] = (8,)
-    resident: tuple[int, ...] = (20,)
     rows: tuple[int, ...] = (1, 8, 64)
     weights: tuple[float, ...] = (0.6, 0.2, 0.2)
     finalists: int = 3
@@ -116,8 +114,7 @@ def tune(config: TuneKernelsConfig, name: str) -> list[Line]:
     with ThreadPoolExecutor() as pool:
         make = functools.partial(random_weights, name, gigabytes=config.gigabytes)
         weights = dict(zip(config.shapes, pool.map(make, config.shapes), strict=True))
-    triples = itertools.product(config.warps, config.stages, config.resident)
-    candidates = [Tiles(warps, stages, MOST, config.across[0], resident) for warps, stages, resident in triples]
+    candidates = [Tiles(*pair, MOST, config.across[0]) for pair in itertools.product(config.warps, config.stages)]
     pairs = [(shape, tiles_) for shape in config.shapes for tiles_ in candidates]
     first = time_cases(config, [Case(fused(t), config.rows[0], weights[shape]) for shape, t in pairs])
     times = {(*pair, config.rows[0]): us for pair, us in zip(pairs, first, strict=True)}

@@ -5,6 +5,7 @@ it lowers for CUDA. tests/gpu has the rest.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +16,7 @@ from test_quant_formats import random_blocks, random_weights
 
 from random_model import weight_spec
 from realm_jax.errors import RealmError
-from realm_jax.kernels import (
-    ahead,
-    assembly,
-    choose_impl,
-    codes,
-    lanes,
-    matmul,
-    pallas,
-    plan,
-    reference,
-    tiles,
-    triton_matmul,
-)
+from realm_jax.kernels import ahead, assembly, choose_impl, codes, lanes, matmul, pallas, plan, reference
 from realm_jax.kernels.matmul import matmul_each
 from realm_jax.kernels.operand import shapes
 from realm_jax.kernels.ring import Ring, read_now
@@ -117,59 +106,15 @@ def test_turns_of_one_warp_or_of_a_program_each_give_the_bits_of_a_warp_each(
         assert np.isfinite(alone.astype(np.float32)).any()
 
 
-@pytest.fixture
-def few_programs(monkeypatch):
-    """Room for two programs of two warps alone."""
-    monkeypatch.setattr(pallas, "multiprocessors", lambda: 1)
-    monkeypatch.setattr(plan, "ALONE", dict.fromkeys(plan.ALONE, 1))
-    return tiles.Tiles(warps=2, stages=2, most_rows=64, across=8, resident=4)
-
-
-@pytest.mark.usefixtures("few_programs")
-@pytest.mark.parametrize(
-    ("name", "rows", "dtype"),
-    [
-        ("Q8_0", 1, jnp.bfloat16),
-        pytest.param("Q4_K", 3, jnp.float32, marks=pytest.mark.slow),
-        pytest.param("Q2_K", 8, jnp.bfloat16, marks=pytest.mark.slow),
-        pytest.param("IQ2_XS", 2, jnp.float16, marks=pytest.mark.slow),
-    ],
-)
-def test_programs_that_take_several_tiles_give_the_bits_of_a_program_for_each(name, rows, dtype, few_programs):
-    x, w, _ = product(name, rows, 83, 1024, dtype)
-    found = []
-    for sizes, programs in ((few_programs, 2), (few_programs._replace(resident=0), 6)):
-        own = plan.plan(rows, dtype, w, sizes)
-        assert plan.grid_of(own, (83,)) == (programs, 1, 1)
-        found.append(np.asarray(triton_matmul.matmul(x, w, sizes)))
-    np.testing.assert_array_equal(*found)
-
-
 @pytest.mark.usefixtures("for_an_h200")
-def test_a_program_takes_several_tiles_where_there_is_no_room_for_more(monkeypatch):
-    monkeypatch.setattr(pallas, "multiprocessors", lambda: 132)
-    monkeypatch.setattr(pallas, "capability", lambda: "9.0")
-
-    def programs(name: str, *outputs: int, k: int = 4096, rows: int = 1) -> int:
-        own = plan.plan(rows, jnp.bfloat16, weight_spec(name, (outputs[0], k)))
-        return plan.grid_of(own, outputs)[0]
-
-    assert programs("Q4_K", 4096, 1024, 1024) == programs("Q6_K", 6144) == 384
-    assert programs("Q4_K", 14336, 14336) == programs("Q6_K", 14336, 14336) == 5 * 132
-    assert programs("Q4_K", 8192) == programs("Q6_K", 8192) == 2 * 132
-    assert programs("Q4_K", 12800) == 4 * 132  # 800 tiles, two each: five programs a multiprocessor would be idle more
-    assert programs("Q4_K", 14336, 14336, rows=9) == 1792  # more than a tile of columns
-
-
-@pytest.mark.usefixtures("for_an_h200")
-@pytest.mark.parametrize(("capability", "warps"), [("8.0", [2, 2, 2]), ("8.9", [2, 2, 2]), ("9.0", [2, 4, 8])])
+@pytest.mark.parametrize(("capability", "warps"), [("8.0", [2, 2]), ("8.9", [2, 2]), ("9.0", [2, 4])])
 def test_the_fewer_rows_of_weights_the_more_warps_a_program_has_if_they_fit(capability, warps, monkeypatch):
     monkeypatch.setattr(pallas, "capability", lambda: capability)
-    weights = [weight_spec("Q6_K", (outputs, 14336)) for outputs in (14336, 8192, 2048)]
+    weights = [weight_spec("Q6_K", (outputs, 14336)) for outputs in (14336, 8192)]
     plans = [plan.plan(1, jnp.bfloat16, w) for w in weights]
     assert [own.turns for own in plans] == warps
-    most = pallas.shared_memory()[1]
-    assert all(2 * own.turns * plan.step_bytes(w) < most for own, w in zip(plans, weights, strict=True))
+    for own, w in zip(plans, weights, strict=True):
+        assert 2 * own.turns * plan.step_bytes(w) < plan.ring_bytes(own.turns, 1)
 
 
 def test_rows_of_any_size_and_rows_that_are_not_finite():
@@ -204,6 +149,14 @@ def test_warps_multiply_together_where_there_is_such_an_instruction(capability, 
     assert own.grouped == grouped and own.across >= 4 and plan.form_of(x, w).grouped == grouped
 
 
+@pytest.mark.parametrize("name", codes.READERS)
+def test_four_warps_multiply_together_for_every_format_and_shape(name, monkeypatch):
+    monkeypatch.setattr(pallas, "capability", lambda: "9.0")
+    for shape, dtype in itertools.product([(28672, 4096), (4096, 14336)], [jnp.bfloat16, jnp.float32]):
+        own = plan.cut(64, dtype, weight_spec(name, shape))
+        assert own.grouped and own.warps == 4
+
+
 def test_zeros_give_zeros():
     _, w, _ = product("Q4_K", 1, 5, 256)
     np.testing.assert_array_equal(np.asarray(matmul(jnp.zeros((2, 256)), w, impl="triton")), 0)
@@ -236,14 +189,6 @@ def test_more_rows_than_it_takes_are_refused_in_one_line():
 def test_it_lowers_for_cuda(name, rows):
     x, w = jnp.zeros((rows, 512)), weight_spec(name, (16, 512))
     lowered = jax.jit(functools.partial(matmul, impl="triton")).trace(x, w).lower(lowering_platforms=("cuda",))
-    assert f"matmul_{name}" in lowered.as_text() and "cp.async" in lowered.as_text()
-
-
-@pytest.mark.usefixtures("for_an_h200", "few_programs")
-@pytest.mark.parametrize("name", ["Q4_K", pytest.param("IQ1_S", marks=pytest.mark.slow)])
-def test_it_lowers_for_cuda_where_programs_take_several_tiles(name):
-    x, weights = jnp.zeros((1, 512)), [weight_spec(name, (n, 512)) for n in (400, 200)]
-    lowered = jax.jit(matmul_each).trace(x, weights).lower(lowering_platforms=("cuda",))
     assert f"matmul_{name}" in lowered.as_text() and "cp.async" in lowered.as_text()
 
 
@@ -363,7 +308,7 @@ def test_lanes_that_copy_together_fill_every_slot(name, rows, dtype):
         places.append(ahead.place_of_pairs(sums, 0, step, live, own.warps))
     elif reader.offsets:
         places += [place for place in ahead.places_of_sums(sums, step, live, own.pieces, own.warps) if place]
-    groups = Ring(places, own.warps, 2)._groups(places)
+    groups = Ring(places, own.warps, 2, 2**16)._groups(places)
     assert len(groups) >= 2
     for group in groups:
         conditions = [place.slots.copies for place, _ in group]

@@ -16,8 +16,8 @@ from realm_jax.kernels.tiles import CLASSES, Tiles
 from realm_jax.quant import FORMATS
 
 CONFIG = Path(__file__).parents[1] / "configs" / "tune_kernels.toml"
-FEW = {"warps": 16, "stages": 2, "most_rows": 128, "across": 4, "resident": 8}
-MANY = {"warps": 2, "stages": 6, "most_rows": 64, "across": 0, "resident": 0}
+FEW = {"warps": 16, "stages": 2, "most_rows": 128, "across": 4}
+MANY = {"warps": 2, "stages": 6, "most_rows": 64, "across": 0}
 SMALL, LARGE = CLASSES[0], CLASSES[3]
 
 
@@ -53,10 +53,10 @@ def test_every_shape_has_a_class():
     assert found == [CLASSES[i] for i in (0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3)]
 
 
-@pytest.mark.parametrize(("outputs", "warps"), [(1, 8), (8192, 8), (8193, 4), (128256, 4)])
-def test_what_no_file_names_has_the_rule(monkeypatch, outputs, warps):
+@pytest.mark.parametrize("outputs", [1, 8192, 8193, 128256])
+def test_what_no_file_names_has_the_rule(monkeypatch, outputs):
     on(monkeypatch, "a device that nobody measured")
-    assert tiles.find("IQ1_M", outputs, 4096) == Tiles(warps, 2, 64, 16, 20)
+    assert tiles.find("IQ1_M", outputs, 4096) == tiles.RULE
 
 
 def test_the_device_comes_before_the_default_and_the_default_before_the_rule(own_file, monkeypatch):
@@ -65,8 +65,8 @@ def test_the_device_comes_before_the_default_and_the_default_before_the_rule(own
     on(monkeypatch, "GPU")
     assert tiles.find("Q4_K", 64, 64) == Tiles(**FEW)
     assert tiles.find("Q4_K", 9000, 9000) == Tiles(**MANY)
-    assert tiles.find("Q4_K", 64, 9000) == tiles.rule(64)
-    assert tiles.find("Q5_K", 64, 64) == tiles.rule(64)
+    assert tiles.find("Q4_K", 64, 9000) == tiles.RULE
+    assert tiles.find("Q5_K", 64, 64) == tiles.RULE
     on(monkeypatch, "another GPU")
     assert tiles.find("Q4_K", 64, 64) == Tiles(**MANY)
 
@@ -107,15 +107,11 @@ def test_text_reads_back_with_an_entry_a_line():
         ({"GPU": 3}, "GPU: want a table, not 3"),
         ({"GPU": {"Q9": {}}}, "GPU: Q9: no block format; known: "),
         ({"GPU": {"Q4_K": {"tall": FEW}}}, "GPU: Q4_K: tall: no class of shape; known: few outputs"),
-        (
-            {"GPU": {"Q4_K": {SMALL: {"warps": 4}}}},
-            f"{SMALL}: want warps, stages, most_rows, across, resident and nothing else",
-        ),
+        ({"GPU": {"Q4_K": {SMALL: {"warps": 4}}}}, f"{SMALL}: want warps, stages, most_rows, across and nothing else"),
         ({"GPU": {"Q4_K": {SMALL: FEW | {"warps": 3}}}}, f"GPU: Q4_K: {SMALL}: warps is 3; want 1, 2, 4, 8 or 16"),
         ({"GPU": {"Q4_K": {SMALL: FEW | {"stages": True}}}}, "stages is True; want 2 to 6"),
         ({"GPU": {"Q4_K": {SMALL: FEW | {"most_rows": 512}}}}, "most_rows is 512; want 64 to 256"),
-        ({"GPU": {"Q4_K": {SMALL: FEW | {"across": 32}}}}, "across is 32; want 0, 2, 4, 8 or 16"),
-        ({"GPU": {"Q4_K": {SMALL: FEW | {"resident": 65}}}}, "resident is 65; want 0 to 64"),
+        ({"GPU": {"Q4_K": {SMALL: FEW | {"across": 16}}}}, "across is 16; want 0, 2, 4 or 8"),
     ],
 )
 def test_a_broken_file_gives_one_line_that_names_the_place(own_file, content, says):
@@ -175,28 +171,26 @@ def run(folder: Path, *overrides: str, resume: bool = False) -> str:
 
 def test_it_runs_in_small(tmp_path):
     small = ['formats=["Q8_0"]', "shapes=[[16, 64]]", "warps=[1]", "stages=[2]", "rows=[1]", "weights=[1.0]"]
-    small += ["across=[8]", "resident=[20]"]
+    small.append("across=[8]")
     run(tmp_path, *small, "finalists=1", "many_rows=[64]", "gigabytes=0.0", "rounds=2", "repeats=1")
     (found,) = tiles.read(tmp_path / "run" / "tiles.json")[jax.devices()[0].device_kind]["Q8_0"].items()
-    assert found == (SMALL, Tiles(1, 2, 64, 8, 20))
+    assert found == (SMALL, Tiles(1, 2, 64, 8))
     text = (tmp_path / "run" / "results.md").read_text(encoding="utf-8")
     assert text.count("| Q8_0 | 16 | 64 |") == 3  # the choice, the candidate, the comparison
 
 
 def _searched(own: Tiles) -> tuple:
-    return own.warps, own.stages, own.across, own.resident
+    return own.warps, own.stages, own.across
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Times by (warps, stages, across, resident), or "dense", and rows, in place of measured ones; returns the formats
-    asked for."""
+    """Times by (warps, stages, across), or "dense", and rows, in place of measured ones; returns the formats asked
+    for."""
     spent = {
-        (2, 2, 8, 0, 1): 5.0, (2, 3, 8, 0, 1): 3.0, (4, 2, 8, 0, 1): 2.9, (4, 3, 8, 0, 1): tune_kernels.NEVER,
-        (2, 2, 8, 16, 1): 5.0, (2, 3, 8, 16, 1): 2.8, (4, 2, 8, 16, 1): 3.1, (4, 3, 8, 16, 1): tune_kernels.NEVER,
-        (2, 3, 4, 16, 1): 2.8, (4, 2, 4, 0, 1): 2.7, (2, 3, 8, 16, 8): 5.0, (2, 3, 4, 16, 8): 4.0,
-        (4, 2, 8, 0, 8): 8.0, (4, 2, 4, 0, 8): 8.0,
-        (2, 3, 4, 16, 64): 20.0, (2, 3, 4, 16, 128): 50.0, (2, 3, 4, 16, 256): 51.0,
+        (2, 2, 8, 1): 5.0, (2, 3, 8, 1): 3.0, (4, 2, 8, 1): 2.9, (4, 3, 8, 1): tune_kernels.NEVER,
+        (2, 3, 4, 1): 3.0, (4, 2, 4, 1): 2.9, (2, 3, 8, 8): 5.0, (2, 3, 4, 8): 4.0, (4, 2, 8, 8): 8.0,
+        (4, 2, 4, 8): 8.0, (2, 3, 4, 64): 20.0, (2, 3, 4, 128): 50.0, (2, 3, 4, 256): 51.0,
         ("dense", 32): 30.0, ("dense", 64): 30.0, ("dense", 128): 31.0, ("dense", 256): 60.0,
     }  # fmt: skip
     asked = []
@@ -221,17 +215,17 @@ def test_the_least_weighted_time_is_taken_and_merged_into_the_file(tmp_path, clo
     )
     settings = [
         'formats=["Q4_0", "Q8_0"]', "shapes=[[16, 64]]", "warps=[2, 4]", "stages=[2, 3]", "across=[8, 4]",
-        "resident=[0, 16]", "rows=[1, 8]", "weights=[0.5, 0.5]", "finalists=2", "gigabytes=0.0", f"out={out}",
+        "rows=[1, 8]", "weights=[0.5, 0.5]", "finalists=2", "gigabytes=0.0", f"out={out}",
     ]  # fmt: skip
     run(tmp_path, *settings)
     # 4 warps are quicker at one row by 3%, half as quick at eight, where 4 across are better than 8; at 128 rows dense
     # is quicker, whatever 256 says.
-    best = Tiles(2, 3, 64, 4, 16)
+    best = Tiles(2, 3, 64, 4)
     assert tiles.read(out) == {
         jax.devices()[0].device_kind: {"Q4_0": {SMALL: best, LARGE: Tiles(**MANY)}, "Q8_0": {SMALL: best}}
     }
     text = (tmp_path / "run" / "results.md").read_text(encoding="utf-8")
-    assert "| Q8_0 | 16 | 64 | 2 | 3 | 64 | 4 | 16 |\n" in text and "| Q8_0 | 16 | 64 | 128 | 50.0 | 31.0 |\n" in text
+    assert "| Q8_0 | 16 | 64 | 2 | 3 | 64 | 4 |\n" in text and "| Q8_0 | 16 | 64 | 128 | 50.0 | 31.0 |\n" in text
     assert text.count("| x |") == 2 and "| Q8_0 | 16 | 64 | 4 | 3 |" not in text  # what does not run has no time
 
     metrics = tmp_path / "run" / "metrics.jsonl"

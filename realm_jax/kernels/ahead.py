@@ -2,9 +2,8 @@
 `triton_matmul`, `triton_wide` and `triton_int8`.
 """
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +12,8 @@ from jax import lax
 from realm_jax.kernels import codes, pallas
 from realm_jax.kernels.assembly import chosen
 from realm_jax.kernels.lanes import Codes, Lane, Reader, coordinates, places
-from realm_jax.kernels.plan import ROWS, Plan, neighbours, own_rows, own_tiles, ring_bytes, rows_of_programs
-from realm_jax.kernels.results import ask_for
-from realm_jax.kernels.ring import MOST_BYTES, Place, Ring, Slots, Token, commit, read_now, together
-
-IN_FLIGHT = 44 * 1024  # bytes that a multiprocessor waits for all the time, at least, where they fit
+from realm_jax.kernels.plan import ROWS, Plan, own_rows
+from realm_jax.kernels.ring import Place, Ring, Slots, Token, commit, read_now, together
 
 
 class Ahead:
@@ -29,27 +25,34 @@ class Ahead:
         warps: int,
         steps: int,
         stages: int,
-        most_bytes: int = MOST_BYTES,
+        most_bytes: int,
     ) -> None:
         self.places, self.steps = places, steps
-        copied = [] if pallas.interpreting() else _there(places(jnp.int32(0)))
+        copied = [] if pallas.interpreting() else self._copied(jnp.int32(0))
         self.ring = Ring(copied, warps, stages, most_bytes) if copied else None
         self.ahead = 0 if self.ring is None else self.ring.stages - 1
+
+    def _copied(self, step: jax.Array) -> list[Place]:
+        return _there(self.places(step))
 
     def start(self) -> Token | None:
         """The ring, empty."""
         return self.ring and self.ring.begin()
 
+    def begin(self) -> Token | None:
+        """The ring, with all begun that `next` wants."""
+        token = self.start()
+        for step in range(self.ahead):
+            token = commit(self.put(token, jnp.int32(step)))
+        return token
+
     def put(self, token: Token | None, step: jax.Array) -> Token | None:
         """Begin to copy what `step` reads, if there is such a step."""
-        return self.ring and self.ring.put(token, step, _there(self.places(step)), step < self.steps)
+        return self.ring and self.ring.put(token, step, self._copied(step), step < self.steps)
 
     def take(self, token: Token | None, step: jax.Array) -> list[list[jax.Array | None]]:
         """Each list of what `step` reads, which must be there; None: was not put."""
-        return self.given(token, step, self.places(step))
-
-    def given(self, token: Token | None, step: jax.Array, lists: list[list[Place | None]]) -> list[list]:
-        """`take`, where these are the places of a step."""
+        lists = self.places(step)
         if self.ring is None and pallas.interpreting():
             return [[place and read_now(place) for place in found] for found in lists]
         if self.ring is None:
@@ -57,109 +60,11 @@ class Ahead:
         items = iter(self.ring.take(token, step, _there(lists)))
         return [[place and next(items) for place in found] for found in lists]
 
-
-class AheadOfTiles(Ahead):
-    """As `Ahead`, where a program takes tiles of rows of w one after the other, or knows that it takes one. The ring
-    goes on from tile to tile: while the sums of one are added up and stored, the first steps of the next are on their
-    way.
-
-    rows: number of a tile, of all of the launch -> its rows, and of which of the weights they are. beside: step -> what
-    else it reads, the same in each tile. outputs: of the weights of the launch.
-    """
-
-    def __init__(
-        self,
-        rows: Callable[[jax.Array], tuple["Rows", jax.Array]],
-        beside: Callable[[jax.Array], list[Place | None]],
-        own: Plan,
-        outputs: tuple[int, ...],
-    ) -> None:
-        self.rows_of, self.beside = rows, beside
-        self.program, self.programs = pallas.program_id(0), rows_of_programs(own, outputs)
-        self.count = own_tiles(own, outputs)
-        self.several = not isinstance(self.count, int)
-        places, most = functools.partial(self._places, self.rows(0)[0]), ring_bytes(own, outputs)
-        super().__init__(places, own.warps, own.steps, min(own.stages, own.steps), most)
-        if self.several and self.ring is not None:
-            copied, begun = _there(places(jnp.int32(0))), self.ring.stage_bytes * neighbours(own, outputs)
-            stages = max(own.stages, 2 if begun >= IN_FLIGHT else 4)
-            self.ring = Ring(copied, own.warps, stages, most)
-            self.ahead = self.ring.stages - 1
-
-    def over_tiles(
-        self,
-        step: Callable[["Rows", jax.Array, list[list], list], list],
-        finish: Callable[["Rows", jax.Array, list, jax.Array | None], list],
-        zeros: list,
-    ) -> None:
-        """All that a program does: every step of each of its tiles adds to totals (`zeros` before the first), with what
-        it reads, and then they are stored. finish: rows, of which of the weights, totals, and which tile it is, if
-        there are several -> zeros, which come after the results (`results.leave`)."""
-
-        def take_tile(number: jax.Array, state: tuple) -> tuple:
-            token, totals = state
-            rows, which = self.rows(number)
-            token, totals = self.over_steps(number, rows, functools.partial(step, rows), token, totals)
-            return token, finish(rows, which, totals, number if self.several else None)
-
-        state = self.begin(), zeros
-        if self.several:
-            _, left = lax.fori_loop(0, self.count, take_tile, state)
-        else:
-            _, left = take_tile(jnp.int32(0), state)
-        for zero in left:
-            ask_for(zero)
-
-    def rows(self, number: jax.Array | int) -> tuple["Rows", jax.Array]:
-        """Of a tile of the program; see `__init__`."""
-        return self.rows_of(self.program + number * self.programs if self.several else self.program)
-
-    def _places(self, rows: "Rows", step: jax.Array) -> list[list[Place | None]]:
-        return [*rows.places(step), self.beside(step)]
-
-    def begin(self) -> Token | None:
-        """The ring, with all begun that the first step of the first tile wants."""
-        token = self.start()
-        for place in range(self.ahead):
-            tile, step = divmod(place, self.steps)
-            token = self._put(token, jnp.int32(place), self.rows(tile)[0], jnp.int32(step), tile < self.count)
-        return token
-
-    def _put(self, token: Token, place: jax.Array, rows: "Rows", step: jax.Array, live: jax.Array | bool) -> Token:
-        return commit(self.ring.put(token, place, _there(self._places(rows, step)), live))
-
-    def over_steps(
-        self, number: jax.Array, rows: "Rows", take: Callable[[jax.Array, list[list], Any], Any], token: Any, carry: Any
-    ) -> tuple[Token | None, Any]:
-        """What `take` makes of the carry in all steps of a tile, with what each reads. token: of the ring."""
-        begun = number * self.steps  # its first step, of those of all tiles
-
-        def step(s: jax.Array, state: tuple, later: "Rows", back: jax.Array | int, live: jax.Array) -> tuple:
-            token, carry = state
-            if self.ring is not None:
-                ahead = s + self.ahead
-                token = self.ring.wait(self._put(together(token), begun + ahead, later, ahead - back, live))
-            return token, take(s, self.given(token, begun + s, self._places(rows, s)), carry)
-
-        def lone_step(s: jax.Array, state: tuple) -> tuple:
-            return step(s, state, rows, 0, s + self.ahead < self.steps)
-
-        if self.ring is None or not self.several:
-            return lax.fori_loop(0, self.steps, lone_step, (token, carry))
-
-        tiles, rest = divmod(self.ahead, self.steps)
-
-        def part(which: jax.Array, state: tuple) -> tuple:
-            """Steps with which those of the same later tile are begun."""
-            tile = number + tiles + which
-            (later, _), live = self.rows(tile), tile < self.count
-            begin, end = which * (self.steps - rest), self.steps - rest + which * rest
-            body = functools.partial(step, later=later, back=(tiles + which) * self.steps, live=live)
-            return lax.fori_loop(begin, end, body, state)
-
-        if rest == 0:
-            return part(jnp.int32(0), (token, carry))
-        return lax.fori_loop(0, 2, part, (token, carry))
+    def next(self, token: Token | None, step: jax.Array) -> tuple[Token | None, list[list[jax.Array | None]]]:
+        """`take`, after a later step is begun and this one is there."""
+        if self.ring is not None:
+            token = self.ring.wait(commit(self.put(together(token), step + self.ahead)))
+        return token, self.take(token, step)
 
 
 def _there(lists: list[list[Place | None]]) -> list[Place]:
@@ -203,12 +108,12 @@ class Rows(NamedTuple):
 
 
 def matrix_of(
-    refs: Sequence, own: Plan, format: str, outputs: tuple[int, ...], group: Callable, tile: jax.Array | None = None
+    refs: Sequence, own: Plan, format: str, outputs: tuple[int, ...], group: Callable
 ) -> tuple[Rows, jax.Array]:
     """The rows that a program reads, of one of several weights of a format, and of which. refs: the planes of all, and
-    the grid of the format, if it has one. tile: see `own_rows`."""
+    the grid of the format, if it has one."""
     reader, names = codes.READERS[format], codes.fields(format)
-    which, first, most = own_rows(outputs, own.program_rows, tile)
+    which, first, most = own_rows(outputs, own.program_rows)
     planes = refs[: len(outputs) * len(names)]
     planes = {name: chosen(tuple(planes[i :: len(names)]), which) for i, name in enumerate(names)}
     grid, apart = refs[-1] if reader.grid else None, ROWS if own.across else 0

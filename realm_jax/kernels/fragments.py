@@ -316,25 +316,22 @@ def byte_after_two_to_23(word: jax.Array, which: int) -> jax.Array:
     return asm(text, ["=f", "r"], jnp.float32, word.astype(jnp.int32), pack=1)
 
 
-def sum_over_warps(sums: Fragment, warps: int, time: jax.Array | None = None) -> Fragment:
+def sum_over_warps(sums: Fragment, warps: int) -> Fragment:
     """The sum of what the warps have in each of their lanes, one after the other: the first warp has it; in the
-    interpreter there is nobody else, (32, 4). time: where it is done again and again, how often before: every other
-    time in another place, so that no warp has to wait until the first one has read."""
+    interpreter there is nobody else, (32, 4)."""
     if warps == 1:
         return sums
     if pallas.interpreting():
         return functools.reduce(jnp.add, sums.reshape(warps, 32, 4))
-    thread, size = lax.broadcasted_iota(jnp.int32, sums.shape, 0), 512 * warps
-    text = f"""{{ .shared .align 16 .b8 sums[{size if time is None else 2 * size}];
-        .reg .b32 to; .reg .f32 a, b, c, d; .reg .pred p;
+    thread = lax.broadcasted_iota(jnp.int32, sums.shape, 0)
+    text = f"""{{ .shared .align 16 .b8 sums[{512 * warps}]; .reg .b32 to; .reg .f32 a, b, c, d; .reg .pred p;
         mov.u32 to, sums; add.u32 to, to, $4; setp.ne.b32 p, $8, 0;
         st.shared.v4.f32 [to], {{$12, $13, $14, $15}}; bar.sync 0;
         mov.f32 $0, $12; mov.f32 $1, $13; mov.f32 $2, $14; mov.f32 $3, $15; """
     for warp in range(1, warps):
         text += f"@p ld.shared.v4.f32 {{a, b, c, d}}, [to + {512 * warp}]; "
         text += "".join(f"@p add.rn.f32 ${i}, ${i}, {'abcd'[i]}; " for i in range(4))
-    to = 16 * thread if time is None else 16 * thread + (time & 1) * size
-    operands = to, (thread < 32).astype(jnp.int32), sums
+    operands = 16 * thread, (thread < 32).astype(jnp.int32), sums
     shape = pallas.Shape(sums.shape, jnp.float32)
     return assembly(text + "}", ["=&f"] * 4 + ["r"] * 8 + ["f"] * 4, shape, *operands, pack=4, pure=False)
 

@@ -19,7 +19,6 @@ load, store, program_id, ds = plt.load, plt.store, pl.program_id, pl.ds
 Shape = jax.ShapeDtypeStruct
 OLDEST = "8.0"  # compute capability of Ampere
 TANH_ERROR = 2.0**-11
-H100_MULTIPROCESSORS = 132
 
 _interpreting = False
 
@@ -68,25 +67,15 @@ def is_hopper() -> bool:
     return capability().partition(".")[0] == "9"
 
 
-def multiprocessors() -> int:
-    """Of the GPU that is traced for, be it here or not: an H100's where JAX does not say; in the interpreter 1, so that
-    programs there are few, too."""
-    if _interpreting:
-        return 1
-    devices = jax.config.jax_default_device, *jax.devices()
-    return next((count for device in devices if (count := getattr(device, "core_count", 0))), H100_MULTIPROCESSORS)
-
-
-def shared_memory() -> tuple[int, int]:
-    """Bytes of shared memory of a multiprocessor of the GPU that is traced for, and of a program at most.
+def shared_memory() -> int:
+    """Bytes of shared memory that a program may have on the GPU that is traced for.
 
     Arrays of a fixed size, as kernels here have them, may only be larger than 48 KiB in code for one architecture, as
     XLA has it made from Hopper up; the interpreter is taken for one. Source: CUDA C++ programming guide, "Technical
     Specifications per Compute Capability".
     """
-    if _interpreting or 9 <= int(capability().partition(".")[0]) < 12:
-        return 228 * 1024, 227 * 1024
-    return (164 if capability() in ("8.0", "8.7") else 100) * 1024, 48 * 1024
+    large = _interpreting or 9 <= int(capability().partition(".")[0]) < 12
+    return (227 if large else 48) * 1024
 
 
 def call(

@@ -1,5 +1,4 @@
-"""What programs of a product leave of their sums. Called by `ahead`, `triton_matmul`, `triton_int8` and
-`triton_wide`."""
+"""What programs of a product leave of their sums. Called by `triton_matmul`, `triton_int8` and `triton_wide`."""
 
 import functools
 from collections.abc import Sequence
@@ -63,13 +62,13 @@ def backs_of(back_ref, tile: jax.Array, own: Plan) -> Fragment | None:
 def leave(
     y_refs: Sequence, back_ref, backs: Fragment | None, total: Fragment, row: jax.Array, tile: jax.Array, own: Plan,
     which: jax.Array,
-) -> Fragment:  # fmt: skip
+) -> None:  # fmt: skip
     """`store` to result number `which`, where warps have no rows of their own, from where the sums are: Triton would
-    pass them on through shared memory, with two barriers. It gives zeros, for which somebody has to ask."""
+    pass them on through shared memory, with two barriers."""
     if pallas.interpreting():
         for number, y_ref in enumerate(y_refs):
             store(y_ref, back_ref, total, row, tile, own, which == number)
-        return jnp.zeros((32 * own.warps, 4), jnp.float32)
+        return
     thread, many, type = lax.broadcasted_iota(jnp.int32, total.shape, 0), len(y_refs), y_refs[0].dtype.name
     m, n = _first_row(thread, tile, own), row + thread % 32 // 4
     rows = jnp.where(thread < 32, own.rows - m, 0)
@@ -97,14 +96,7 @@ def leave(
     operands = total, total if backs is None else backs, rows, n, jnp.broadcast_to(which, n.shape)
     constraints = ["=&f"] * 4 + ["l"] * (4 * many) + ["f"] * 8 + ["r"] * 12
     shape = pallas.Shape(total.shape, jnp.float32)
-    return assembly(text, constraints, shape, *operands, addresses=addresses, pack=4, pure=False)
-
-
-def ask_for(zeros: Fragment) -> None:
-    """So that what gave them is not left out."""
-    if not pallas.interpreting():
-        shape = pallas.Shape(zeros.shape, jnp.float32)
-        assembly("mov.b32 $0, $1;", ["=f", "f"], shape, zeros, pure=False, kept=True)
+    assembly(text, constraints, shape, *operands, addresses=addresses, pack=4, pure=False, kept=True)
 
 
 def _first_row(thread: jax.Array, tile: jax.Array, own: Plan) -> jax.Array:

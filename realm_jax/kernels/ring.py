@@ -17,7 +17,6 @@ from jax import lax
 from realm_jax.kernels import pallas
 from realm_jax.kernels.assembly import assembly
 
-MOST_BYTES = 48 * 1024  # of shared memory, where nothing is known of how many programs run at a time
 COPIES = " ".join(f"mov.b32 ${i}, a;" for i in range(4))  # of one item
 PAIRS = "mov.b32 $1, $0; mov.b32 $3, $2;"
 Token = jax.Array  # (P,): the address of a thread's first bytes; whoever has it comes after what made it
@@ -73,9 +72,9 @@ def can_copy(dtype: jnp.dtype, span: int) -> bool:
 
 
 class Ring:
-    """Stages of `places` for the warps of a program."""
+    """Stages of `places` for the warps of a program; one at least, then as many as fit in `most_bytes`."""
 
-    def __init__(self, places: list[Place], warps: int, stages: int, most_bytes: int = MOST_BYTES) -> None:
+    def __init__(self, places: list[Place], warps: int, stages: int, most_bytes: int) -> None:
         self.warps = warps
         order = sorted(range(len(places)), key=lambda i: -places[i].nbytes)  # so that each is aligned to its size
         sizes = [warps * places[i].slots.count * places[i].nbytes for i in order]

@@ -2,7 +2,7 @@
 
 `triton_matmul` asks `find`; experiments/tune_kernels.py measures and writes the file. REALM_TILES names a file of the
 same form whose entries come before those of the package. What neither has is taken from the device "default", and else
-from `rule`. Rows of x are no key: the order in which a result is summed depends on the warps, and must not depend on
+from `RULE`. Rows of x are no key: the order in which a result is summed depends on the warps, and must not depend on
 how many rows there are.
 """
 
@@ -31,24 +31,22 @@ CLASSES = tuple(f"{n} outputs, {k} inputs" for n in ("few", "many") for k in ("f
 class Tiles(NamedTuple):
     """warps: that take turns along a row of w, at most; fewer where it has not enough for them. stages: of the ring
     that is read ahead. most_rows: of x, up to which the fused kernel serves; above it weights are dequantized first
-    (`dense`). across: warps of a program that read x together where that is more than a tile, at most; 0: none do.
-    resident: warps that a multiprocessor has at a time, at most, of programs that take several tiles of rows of w,
-    where x is one tile of columns; 0: there is a program for each tile of rows.
+    (`dense`). across: warps of a program that read x together where that is more than a tile, at most (but four where
+    four multiply together, see `plan.wide`); 0: none do.
     """
 
     warps: int
     stages: int
     most_rows: int
     across: int
-    resident: int
 
 
+RULE = Tiles(warps=4, stages=2, most_rows=64, across=8)  # of what no file names
 ALLOWED = {
     "warps": ((1, 2, 4, 8, 16), "1, 2, 4, 8 or 16"),
     "stages": (range(2, 7), "2 to 6"),
     "most_rows": (range(64, 257), "64 to 256"),
-    "across": ((0, 2, 4, 8, 16), "0, 2, 4, 8 or 16"),
-    "resident": (range(65), "0 to 64"),
+    "across": ((0, 2, 4, 8), "0, 2, 4 or 8"),
 }
 Table = dict[str, dict[str, dict[str, Tiles]]]  # device kind -> format -> class of shape
 
@@ -62,12 +60,7 @@ def find(format: str, outputs: int, inputs: int) -> Tiles:
     for device in dict.fromkeys((device_kind(), DEFAULT)):
         if found := table.get(device, {}).get(format, {}).get(shape):
             return found
-    return rule(outputs)
-
-
-def rule(outputs: int) -> Tiles:
-    """The tile sizes of what no file names."""
-    return Tiles(8 if outputs <= FEW_OUTPUTS else 4, 2, 64, 16, 20)
+    return RULE
 
 
 def shape_class(outputs: int, inputs: int) -> str:

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from realm_jax.kernels import codes, fragments, fragments_int8, pallas, triton_matmul
-from realm_jax.kernels.ahead import AheadOfTiles, Rows
+from realm_jax.kernels.ahead import Ahead, Rows
 from realm_jax.kernels.lanes import Codes, Reader, coordinates
-from realm_jax.kernels.plan import MOST_ROWS, ROWS, Plan, clipped, plan, rows_of_programs
+from realm_jax.kernels.plan import MOST_ROWS, ROWS, Plan, clipped, plan, ring_bytes
 from realm_jax.kernels.reference import INT8_BLOCK
 from realm_jax.kernels.results import leave
 from realm_jax.kernels.ring import Place, Slots, read_now
@@ -78,7 +78,7 @@ def matmul(x: jax.Array, w: QuantizedTensor) -> jax.Array:
         functools.partial(_kernel, own=own, format=w.format, names=tuple(planes)),
         operands,
         pallas.Shape((own.rows, own.outputs), x.dtype),
-        grid=(rows_of_programs(own, (own.outputs,)), -(-own.tiles // MOST_TILES)),
+        grid=(-(-own.outputs // ROWS), -(-own.tiles // MOST_TILES)),
         num_warps=own.warps,
         num_stages=1,
         name=f"matmul_int8_{w.format}",
@@ -185,13 +185,13 @@ class Columns:
 
 
 def _kernel(*refs, own: Plan, format: str, names: tuple[str, ...]) -> None:
-    """One program: ROWS rows of w at a time, all of K, up to MOST_TILES tiles of eight columns."""
+    """One program: ROWS rows of w, all of K, up to MOST_TILES tiles of eight columns."""
     *x_refs, y_ref = refs[:3] + refs[-1:]
     plane_refs = refs[3:-1]
     reader = codes.READERS[format]
     planes = dict(zip(names, plane_refs, strict=False))
     grid = plane_refs[-1] if reader.grid else None
-    first_tile = pallas.program_id(1) * MOST_TILES
+    first_row, first_tile = pallas.program_id(0) * ROWS, pallas.program_id(1) * MOST_TILES
     tiles = min(own.tiles, MOST_TILES)
     units = reader.units(own.width)
     thread, item = (lax.broadcasted_iota(jnp.int32, (32 * own.warps, 4), axis) for axis in (0, 1))
@@ -199,14 +199,17 @@ def _kernel(*refs, own: Plan, format: str, names: tuple[str, ...]) -> None:
     nothing = jnp.zeros_like(item)
     zero = fragments.zeros(pallas.load(x_refs[0].at[nothing, nothing, thread % 32, item]))
 
-    def rows_of(tile: jax.Array) -> tuple[Rows, jax.Array]:
-        return Rows(reader, planes, grid, tile * ROWS, own.outputs, units, own.warps, own.group), jnp.int32(0)
+    matrix = Rows(reader, planes, grid, first_row, own.outputs, units, own.warps, own.group)
 
-    def places_of_x(s: jax.Array) -> list[Place | None]:
-        return [columns.place(key, s, 0) for key in columns.keys] if columns.early else []
+    def places(s: jax.Array) -> list[list[Place | None]]:
+        x = [columns.place(key, s, 0) for key in columns.keys] if columns.early else []
+        return [*matrix.places(s), x]
 
-    def step(matrix: Rows, s: jax.Array, given: list[list], totals: list[fragments.Fragment]) -> list:
-        *taken, x = given
+    ahead = Ahead(places, own.warps, own.steps, own.stages, ring_bytes(own.warps, tiles))
+
+    def step(s: jax.Array, carry: tuple) -> tuple:
+        token, totals = carry
+        token, (*taken, x) = ahead.next(token, s)
         rows = matrix.read(s, taken)
         put = dict(zip(columns.keys, x, strict=True)) if columns.early else {}
 
@@ -216,13 +219,12 @@ def _kernel(*refs, own: Plan, format: str, names: tuple[str, ...]) -> None:
                 return put.get(key, zero)
             return _read(columns.place(key, s, tile))
 
-        return list(_add_step(totals, zero, rows, read, reader, columns.live == 1))
+        return token, _add_step(totals, zero, rows, read, reader, columns.live == 1)
 
-    def finish(matrix: Rows, which: jax.Array, totals: list[fragments.Fragment], time: jax.Array | None) -> list:
-        sums = [fragments.sum_over_warps(total, own.warps, time) for total in totals]
-        return [leave([y_ref], None, None, y, matrix.first, first_tile + i, own, which) for i, y in enumerate(sums)]
-
-    AheadOfTiles(rows_of, places_of_x, own, (own.outputs,)).over_tiles(step, finish, [zero] * tiles)
+    _, totals = lax.fori_loop(0, own.steps, step, (ahead.begin(), (zero,) * tiles))
+    for tile, total in enumerate(totals):
+        total = fragments.sum_over_warps(total, own.warps)
+        leave([y_ref], None, None, total, first_row, first_tile + tile, own, jnp.int32(0))
 
 
 def _read(place: Place) -> jax.Array:

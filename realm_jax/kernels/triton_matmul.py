@@ -21,11 +21,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from realm_jax.kernels import codes, fragments, pallas, triton_wide
-from realm_jax.kernels.ahead import AheadOfTiles, Rows, matrix_of, place_of_pairs, places_of_pieces, places_of_sums
+from realm_jax.kernels.ahead import Ahead, matrix_of, place_of_pairs, places_of_pieces, places_of_sums
 from realm_jax.kernels.lanes import coordinates, halves_of
 from realm_jax.kernels.mins import add_mins
 from realm_jax.kernels.operand import Prepared, operand_of
-from realm_jax.kernels.plan import Plan, balanced, clipped, cut, grid_of
+from realm_jax.kernels.plan import Plan, clipped, cut, grid_of, ring_bytes
 from realm_jax.kernels.results import added, backs_of, leave, shapes
 from realm_jax.kernels.ring import Place, read_few
 from realm_jax.kernels.tiles import Tiles, find
@@ -84,7 +84,6 @@ def _launch(x: jax.Array | Prepared, weights: list[QuantizedTensor], own: Plan) 
     planes = [w.planes[name] for w in weights for name in names]
     operands = [*prepared, *planes, *([] if reader.grid is None else [jnp.asarray(reader.grid())])]
     outputs = tuple(w.shape[0] for w in weights)
-    own = balanced(own, outputs)
     kernel = triton_wide.kernel if own.across else _kernel
     results = pallas.call(
         functools.partial(kernel, own=own, format=format, outputs=outputs),
@@ -101,10 +100,10 @@ def _launch(x: jax.Array | Prepared, weights: list[QuantizedTensor], own: Plan) 
 
 
 def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...]) -> None:
-    """One program: ROWS rows of one of the weights at a time, `own_tiles` times, all of K, `own.program_tiles` tiles of
-    eight columns."""
+    """One program: ROWS rows of one of the weights, all of K, `own.program_tiles` tiles of eight columns."""
     pieces_ref, sums_ref, back_ref, *plane_refs = refs[: -len(outputs)]
-    reader = codes.READERS[format]
+    matrix, which = matrix_of(plane_refs, own, format, outputs, own.group)
+    reader = matrix.reader
     first_tile, tiles = pallas.program_id(1) * own.program_tiles, own.program_tiles
     thread, item = (lax.broadcasted_iota(jnp.int32, (32 * own.warps, 4), axis) for axis in (0, 1))
     warp, _, t, lane_id = coordinates(thread)
@@ -127,11 +126,7 @@ def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...]) -> None:
         at = everywhere(clipped(first_tile + tile, own)), 2 * t + column, everywhere(sub), 4 * place + item
         return pallas.load(sums_ref.at[at])
 
-    def rows_of(tile: jax.Array) -> tuple[Rows, jax.Array]:
-        """Of a tile of all of the launch, and of which of the weights they are."""
-        return matrix_of(plane_refs, own, format, outputs, own.group, tile)
-
-    def places_of_x(s: jax.Array) -> list[Place | None]:
+    def places(s: jax.Array) -> list[list[Place | None]]:
         x = []
         if early:
             x = places_of_pieces(pieces_ref, s, blocks, live, own.warps)
@@ -139,14 +134,17 @@ def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...]) -> None:
                 x.append(pairs_place(0, s))
             elif reader.offsets:
                 x += places_of_sums(sums_ref, s, live, own.pieces, own.warps)
-        return x
+        return [*matrix.places(s), x]
 
     def pairs_place(tile: int, s: jax.Array) -> Place:
         return place_of_pairs(sums_ref, clipped(first_tile + tile, own), s, live, own.warps)
 
-    def step(matrix: Rows, s: jax.Array, given: list[list], totals: Sequence[fragments.Fragment]) -> list:
-        *taken, x = given
-        rows, totals = matrix.read(s, taken), list(totals)
+    ahead = Ahead(places, own.warps, own.steps, own.stages, ring_bytes(own.warps, tiles))
+
+    def step(s: jax.Array, carry: tuple) -> tuple:
+        token, totals = carry
+        token, (*taken, x) = ahead.next(token, s)
+        rows = matrix.read(s, taken)
         parts = [halves_of(row, reader.zero) for row in rows]
         place = s * own.warps + warp
         sums = [zero] * tiles if reader.factors else totals
@@ -159,7 +157,7 @@ def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...]) -> None:
             totals = [fragments.add_scaled(dot, *wholes, total, 0, live == 1) for dot, total in pairs_of_sums]
         if reader.mins:
             totals = add_mins(totals, rows, lambda tile: pairs(tile, x, s), own.pieces, zero, live == 1)
-        return totals
+        return token, totals
 
     def pairs(tile: int, x: list, s: jax.Array) -> jax.Array:
         return x[blocks] if early else read_few(pairs_place(tile, s))
@@ -191,12 +189,7 @@ def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...]) -> None:
 
     backs = [backs_of(back_ref, first_tile + tile, own) for tile in range(tiles)]
 
-    def finish(matrix: Rows, which: jax.Array, totals: list[fragments.Fragment], time: jax.Array | None) -> list:
-        sums = [fragments.sum_over_warps(total, own.warps, time) for total in totals]
-        columns = [(first_tile + tile, own, which) for tile in range(tiles)]
-        return [
-            leave(refs[-len(outputs) :], back_ref, back, total, matrix.first, *at)
-            for back, total, at in zip(backs, sums, columns, strict=True)
-        ]
-
-    AheadOfTiles(rows_of, places_of_x, own, outputs).over_tiles(step, finish, [zero] * tiles)
+    _, totals = lax.fori_loop(0, own.steps, step, (ahead.begin(), [zero] * tiles))
+    for tile, total in enumerate(totals):
+        total = fragments.sum_over_warps(total, own.warps)
+        leave(refs[-len(outputs) :], back_ref, backs[tile], total, matrix.first, first_tile + tile, own, which)
