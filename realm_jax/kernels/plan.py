@@ -19,6 +19,7 @@ from realm_jax.quant.tensor import QuantizedTensor
 
 ROWS = 16  # of w, of a warp
 MOST_ROWS = 64  # of x
+LONE_OUTPUTS = 2048  # at most: 128 programs, not one for each multiprocessor of an H100
 WIDE_TILES = 2  # of columns: from so many on warps read x together
 WIDE_SHAPES = (3, 8), (3, 4), (2, 8), (2, 4), (3, 2), (2, 2)  # x_stages and across; the first that fits is taken
 WIDE_BYTES = 48 * 1024  # of shared memory of such a program, at most: with more, fewer run at a time
@@ -93,8 +94,9 @@ def plan(rows: int, dtype: jnp.dtype, w: QuantizedTensor, tiles: Tiles | None = 
         # such warps, and before Hopper so has a program. The fewer rows w has, the more warps each of them needs.
         needed = 2 * (step_bytes(w) * 5 / 4 + 512)  # of a warp: two steps, with what they read of x, and sums
         fit = max(1, int(pallas.shared_memory() // needed))
-        most_turns = min(groups, fit, 4 if outputs <= FEW_OUTPUTS else 2)
-    turns = min(tiles.warps, 1 << most_turns.bit_length() - 1)
+        most_turns = min(groups, fit, 8 if outputs <= LONE_OUTPUTS else 4 if outputs <= FEW_OUTPUTS else 2)
+    warps = 2 * tiles.warps if reader.unit > 64 and outputs <= LONE_OUTPUTS else tiles.warps
+    turns = min(warps, 1 << most_turns.bit_length() - 1)
     pieces = pieces_of(dtype)
     steps, of_x = -(-groups // turns), -(-rows * pieces // 8)
     most = 8 if reader.sub_block == 32 else 2 if reader.offsets else 4  # what its registers hold

@@ -1,6 +1,5 @@
 """What programs of a product leave of their sums. Called by `triton_matmul`, `triton_int8` and `triton_wide`."""
 
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -63,37 +62,73 @@ def leave(
     y_refs: Sequence, back_ref, backs: Fragment | None, total: Fragment, row: jax.Array, tile: jax.Array, own: Plan,
     which: jax.Array,
 ) -> None:  # fmt: skip
-    """`store` to result number `which`, where warps have no rows of their own, from where the sums are: Triton would
-    pass them on through shared memory, with two barriers."""
+    """`store` to result number `which`, from where the sums are: Triton would pass them on through shared memory, with
+    two barriers."""
     if pallas.interpreting():
         for number, y_ref in enumerate(y_refs):
             store(y_ref, back_ref, total, row, tile, own, which == number)
         return
-    thread, many, type = lax.broadcasted_iota(jnp.int32, total.shape, 0), len(y_refs), y_refs[0].dtype.name
-    m, n = _first_row(thread, tile, own), row + thread % 32 // 4
-    rows = jnp.where(thread < 32, own.rows - m, 0)
-    value, backs_at, rows_at, n_at, which_at = (4 * (1 + many + i) for i in range(5))
-    text = "{ .reg .f32 y, z; .reg .b16 h; .reg .pred p, q;\n"
+    thread, type = lax.broadcasted_iota(jnp.int32, total.shape, 0), y_refs[0].dtype.name
+    m = _first_row(thread, tile, own)
+    rows = jnp.where((thread < 32) | (own.across > 0), own.rows - m, 0)
+    lines = []
     for item in range(0, 4, own.pieces):
         column, high = (item % 2, item // 2) if own.pieces == 1 else (0, item // 2)
         if column >= own.rows:
             continue
-        text += f"mov.f32 y, ${value + item};"
+        made = f"mov.f32 y, {{0[{item}]}};"
         if own.pieces == 2:
-            text += f"mul.rn.f32 z, ${value + item + 1}, {LOW_BITS}; add.rn.f32 y, y, z;"
-        text += f"mul.rn.f32 y, y, {TWO_TO_24}; mul.rn.f32 y, y, ${backs_at + item};" if back_ref is not None else ""
-        text += f"setp.gt.s32 q, ${rows_at}, {column};"
-        text += "" if type == "float32" else f"cvt.rn.{PTX[type]}.f32 h, y;"
-        for number, y_ref in enumerate(y_refs):
-            outputs = y_ref.shape[1]
-            beyond = (column * outputs + 8 * high) * y_ref.dtype.itemsize
+            made += f"mul.rn.f32 z, {{0[{item + 1}]}}, {LOW_BITS}; add.rn.f32 y, y, z;"
+        made += f"mul.rn.f32 y, y, {TWO_TO_24}; mul.rn.f32 y, y, {{1[{item}]}};" if back_ref is not None else ""
+        made += "" if type == "float32" else f"cvt.rn.{PTX[type]}.f32 h, y;"
+        lines.append((column, high, made))
+    _put(y_refs, lines, total, total if backs is None else backs, rows, m, row, own, which)
+
+
+def keep(
+    sums_refs: Sequence, total: Fragment, turn: jax.Array, row: jax.Array, tile: jax.Array, own: Plan, which
+) -> None:
+    """The sums of a turn, times 2^24: columns of its row of `sums_refs`' number `which` (turns, columns, N) float32."""
+    if pallas.interpreting():
+        for number, sums_ref in enumerate(sums_refs):
+            thread, item = (lax.broadcasted_iota(jnp.int32, total.shape, axis) for axis in (0, 1))
+            _, _, t, _ = coordinates(thread)
+            n, inside = _outputs(thread, item // 2, row, own, sums_ref.shape[2])
+            at = jnp.broadcast_to(turn, n.shape), 8 * tile + 2 * t + item % 2, n
+            mask = inside & (tile < own.tiles) & (which == number)
+            pallas.store(sums_ref.at[at], total * 2.0**24, mask=mask)
+        return
+    thread = lax.broadcasted_iota(jnp.int32, total.shape, 0)
+    column = 8 * tile + thread % 4 * 2
+    lines = [(item % 2, item // 2, f"mul.rn.f32 y, {{0[{item}]}}, {TWO_TO_24};") for item in range(4)]
+    _put(sums_refs, lines, total, total, 8 * own.tiles - column, 8 * own.tiles * turn + column, row, own, which)
+
+
+def _put(
+    refs: Sequence, lines: Sequence[tuple[int, int, str]], total: Fragment, other: Fragment, left: jax.Array,
+    first: jax.Array, row: jax.Array, own: Plan, which: jax.Array,
+) -> None:  # fmt: skip
+    """Stores to ref number `which`, whose last axis is outputs, and the one before it has `first`, and `left` more.
+
+    lines: of each item its place after `first`, whether it is of row g + 8, and assembly that leaves it in y, or in h
+    where it has 16 bits; {0[i]} is item i of the total, {1[i]} of the other.
+    """
+    thread, many = lax.broadcasted_iota(jnp.int32, total.shape, 0), len(refs)
+    n = row + thread % 32 // 4 + (ROWS * (thread // 32) if own.across else 0)
+    value, other_at, left_at, n_at, which_at = (4 * (1 + many + i) for i in range(5))
+    items = [[f"${at + i}" for i in range(4)] for at in (value, other_at)]
+    text = "{ .reg .f32 y, z; .reg .b16 h; .reg .pred p, q;\n"
+    for place, high, made in lines:
+        text += made.format(*items) + f"setp.gt.s32 q, ${left_at}, {place};"
+        for number, ref in enumerate(refs):
+            outputs, size = ref.shape[-1], ref.dtype.itemsize
             text += f"setp.lt.and.s32 p, ${n_at}, {outputs - 8 * high}, q;"
             text += f"setp.eq.and.s32 p, ${which_at}, {number}, p;" if many > 1 else ""
-            put = "b32 [{0}], y" if type == "float32" else "b16 [{0}], h"
-            text += f"@p st.global.{put.format(f'${4 * (1 + number)} + {beyond}')};\n"
+            address = f"[${4 * (1 + number)} + {(place * outputs + 8 * high) * size}]"
+            text += f"@p st.global.{f'b32 {address}, y' if size == 4 else f'b16 {address}, h'};\n"
     text += " ".join(f"mov.b32 ${i}, 0;" for i in range(4)) + "}"
-    addresses = [(y_ref, m * y_ref.shape[1] + n) for y_ref in y_refs]
-    operands = total, total if backs is None else backs, rows, n, jnp.broadcast_to(which, n.shape)
+    addresses = [(ref, first * ref.shape[-1] + n) for ref in refs]
+    operands = total, other, left, n, jnp.broadcast_to(which, n.shape)
     constraints = ["=&f"] * 4 + ["l"] * (4 * many) + ["f"] * 8 + ["r"] * 12
     shape = pallas.Shape(total.shape, jnp.float32)
     assembly(text, constraints, shape, *operands, addresses=addresses, pack=4, pure=False, kept=True)
@@ -102,25 +137,6 @@ def leave(
 def _first_row(thread: jax.Array, tile: jax.Array, own: Plan) -> jax.Array:
     """Of x, of the columns that a thread has sums of in a tile of columns."""
     return tile * (8 // own.pieces) + thread % 4 * (2 // own.pieces)
-
-
-def keep(sums_ref, total: Fragment, turn: jax.Array, row: jax.Array, tile: jax.Array, own: Plan, here) -> None:
-    """If `here`, the sums of a turn, times 2^24, columns of its row of `sums_ref` (turns, columns, N) float32."""
-    thread, item = (lax.broadcasted_iota(jnp.int32, total.shape, axis) for axis in (0, 1))
-    _, _, t, _ = coordinates(thread)
-    n, inside = _outputs(thread, item // 2, row, own, sums_ref.shape[2])
-    at = jnp.broadcast_to(turn, n.shape), 8 * tile + 2 * t + item % 2, n
-    pallas.store(sums_ref.at[at], total * 2.0**24, mask=inside & (tile < own.tiles) & here)
-
-
-def added(sums_TCN: jax.Array, back: jax.Array, own: Plan, dtype: jnp.dtype) -> jax.Array:
-    """What `store` makes of the turns' sums that were kept, one after the other: (M, N)."""
-    total_CN = functools.reduce(jnp.add, [sums_TCN[turn] for turn in range(own.turns)])
-    if own.pieces == 2:
-        total_CN = total_CN.reshape(-1, 2, total_CN.shape[1])
-        total_CN = total_CN[:, 0] + total_CN[:, 1] * LOW
-    # 2^24 is in them already: XLA would multiply it by `back` first, and that may be more than float32 holds.
-    return (total_CN[: own.rows] * back[: own.rows, None]).astype(dtype)
 
 
 def _outputs(thread: jax.Array, half: jax.Array, row: jax.Array, own: Plan, outputs: int) -> tuple:

@@ -26,9 +26,10 @@ from realm_jax.kernels.lanes import coordinates, halves_of
 from realm_jax.kernels.mins import add_mins
 from realm_jax.kernels.operand import Prepared, operand_of
 from realm_jax.kernels.plan import Plan, clipped, cut, grid_of, ring_bytes
-from realm_jax.kernels.results import added, backs_of, leave, shapes
+from realm_jax.kernels.results import backs_of, leave, shapes
 from realm_jax.kernels.ring import Place, read_few
 from realm_jax.kernels.tiles import Tiles, find
+from realm_jax.kernels.turns import add_up
 from realm_jax.quant.tensor import QuantizedTensor
 
 
@@ -95,7 +96,7 @@ def _launch(x: jax.Array | Prepared, weights: list[QuantizedTensor], own: Plan) 
         name=f"matmul_{format}",
     )[: len(outputs)]
     if own.split:
-        results = [added(sums, prepared.back, own, x.dtype) for sums in results]
+        results = add_up(results, prepared.back, own, x.dtype)
     return [y.reshape(*x.shape[:-1], -1) for y in results]
 
 

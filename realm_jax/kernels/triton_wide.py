@@ -20,7 +20,7 @@ from realm_jax.kernels.fragments import Fragment
 from realm_jax.kernels.lanes import Codes
 from realm_jax.kernels.mins import add_mins
 from realm_jax.kernels.plan import GROUPED_BYTES, Plan
-from realm_jax.kernels.results import keep, store
+from realm_jax.kernels.results import backs_of, keep, leave
 from realm_jax.kernels.ring import commit, together
 from realm_jax.kernels.turns import Held, InMemory, InShared, Waiting, shared
 
@@ -105,10 +105,10 @@ def kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...]) -> None:
         totals = waiting.take(held)
     else:
         _, totals = lax.fori_loop(0, own.steps, take_step, (begin(), (zero,) * tiles))
+    backs = [None if own.split else backs_of(back_ref, first_tile + tile, own) for tile in range(tiles)]
     for tile, total in enumerate(totals):
-        for number, y_ref in enumerate(left_refs[: len(outputs)]):
-            at = matrix.first, first_tile + tile, own, which == number
-            if own.split:
-                keep(y_ref, total, turn, *at)
-            else:
-                store(y_ref, back_ref, total, *at)
+        at = matrix.first, first_tile + tile, own, which
+        if own.split:
+            keep(left_refs[: len(outputs)], total, turn, *at)
+        else:
+            leave(left_refs[: len(outputs)], back_ref, backs[tile], total, *at)

@@ -1,7 +1,9 @@
-"""Sums of turns that wait for those of later ones, where a program takes all turns of its rows one after the other: a
-thread adds up what it has itself, in memory or, where that is large enough, in shared memory. Called by `triton_wide`.
+"""Sums of turns, added up one after the other: where a program takes all turns of its rows, by the thread that has
+them, which wait in memory or, where that is large enough, in shared memory; where each turn is a program, by a launch
+of its own. Called by `triton_wide` and `triton_matmul`.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -12,9 +14,11 @@ from jax import lax
 from realm_jax.kernels import pallas
 from realm_jax.kernels.assembly import assembly
 from realm_jax.kernels.fragments import Fragment
+from realm_jax.kernels.operand import LOW
 from realm_jax.kernels.plan import Plan
 from realm_jax.kernels.ring import COPIES, asm, shared_array
 
+ADDED = 256  # outputs of a program that adds up
 Held = Any  # what the place of the sums is known by, from turn to turn
 
 
@@ -101,3 +105,43 @@ class InShared(NamedTuple):
             )
             for tile in range(self.own.program_tiles)
         ]  # fmt: skip
+
+
+def add_up(kept: Sequence[jax.Array], back: jax.Array, own: Plan, dtype: jnp.dtype) -> list[jax.Array]:
+    """Products (M, N) by each of the weights of a launch: what `results.keep` left of them, added up, and the scaling
+    undone."""
+    outputs = tuple(sums.shape[2] for sums in kept)
+    return pallas.call(
+        functools.partial(_add_up, own=own, outputs=outputs),
+        [back, *kept],
+        tuple(pallas.Shape((own.rows, count), dtype) for count in outputs),
+        grid=(sum(-(-count // ADDED) for count in outputs), own.tiles),
+        num_stages=1,
+        name="add_turns",
+    )
+
+
+def _add_up(back_ref, *refs, own: Plan, outputs: tuple[int, ...]) -> None:
+    """One program: a tile of columns and ADDED outputs of one of the weights."""
+    which, first, _ = pallas.find_range(pallas.program_id(0), [-(-count // ADDED) for count in outputs], outputs)
+    own_row, n = (lax.iota(jnp.int32, count) for count in (8 // own.pieces, ADDED))
+    row, n = pallas.program_id(1) * len(own_row) + own_row, first * ADDED + n
+    back = pallas.load(back_ref.at[row])
+    for number, (kept_ref, out_ref, count) in enumerate(zip(refs, refs[len(outputs) :], outputs, strict=False)):
+
+        @pallas.when(which == number)
+        def _(kept_ref=kept_ref, out_ref=out_ref, inside=(n < count)[None, :]) -> None:
+            def turn(number: int, piece: int) -> jax.Array:
+                at = jnp.full_like(row, number)[:, None], (own.pieces * row + piece)[:, None], n[None, :]
+                return pallas.load(kept_ref.at[at], mask=jnp.broadcast_to(inside, (len(row), len(n))), other=0.0)
+
+            total, *second = (
+                functools.reduce(jnp.add, [turn(number, piece) for number in range(own.turns)])
+                for piece in range(own.pieces)
+            )
+            if second:
+                total = total + second[0] * LOW
+            at = row[:, None], n[None, :]
+            pallas.store(
+                out_ref.at[at], (total * back[:, None]).astype(out_ref.dtype), mask=(row < own.rows)[:, None] & inside
+            )
