@@ -69,7 +69,7 @@ def attend(
     if p.parts == 1:
         return result
     join = functools.partial(_join_parts, p)
-    return pallas.call(join, (place_BT, *result), out, grid=(H, T, B), num_warps=4, name="attend_join")
+    return pallas.call(join, (place_BT, *result), out, grid=(H, T, B), num_warps=1, name="attend_join")
 
 
 def _attend_part(p: Plan, layer_ref, row_ref, place_ref, q_ref, k_ref, v_ref, *refs) -> None:
