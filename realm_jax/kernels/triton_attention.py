@@ -180,8 +180,8 @@ class _Tile(NamedTuple):
 def _bounds(p: Plan, tiles: list[_Tile], part: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The places start..stop - 1 of a part that any query of these tiles sees; start is where a block begins."""
     last = functools.reduce(jnp.maximum, [jnp.max(tile.place_M) for tile in tiles])
-    stop = jnp.minimum(jnp.minimum(last + 1, p.size), (part + 1) * p.part)
-    start = part * p.part
+    stop = jnp.minimum(jnp.minimum(last + 1, p.size), p.start_of(part + 1))
+    start = p.start_of(part)
     if p.sliding_window is not None:
         places = [jnp.min(jnp.where(tile.real_M, tile.place_M, p.size)) for tile in tiles]
         first = jnp.maximum(functools.reduce(jnp.minimum, places) - (p.sliding_window - 1), 0)
@@ -253,8 +253,8 @@ def _join_parts(p: Plan, place_ref, acc_ref, top_ref, total_ref, out_ref) -> Non
     place = jnp.minimum(load(place_ref.at[b, t]), p.size - 1)
     first = jnp.int32(0)
     if p.sliding_window is not None:
-        first = jnp.maximum(place - (p.sliding_window - 1), 0) // p.part
-    count = jnp.maximum(place + p.part, 0) // p.part
+        first = p.part_of(jnp.maximum(place - (p.sliding_window - 1), 0))
+    count = jnp.where(place < 0, 0, p.part_of(place) + 1)
     column_C = jnp.arange(p.width, dtype=jnp.int32)
 
     def step(i: jax.Array, carry: tuple) -> tuple:
