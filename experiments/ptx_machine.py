@@ -2,8 +2,9 @@
 `simulate_kernel`.
 
 What is not modelled: time; threads of a program that take different branches (an error); what other programs do at the
-same time, and fences; the order in which tensor cores add (a product is summed exactly and rounded once); and
-all that `ptx_arithmetic` and `ptx_memory` leave out. An instruction that is not known is a RealmError.
+same time, and fences; the order in which tensor cores add (a product is summed exactly and rounded once); that
+registers of a `wgmma` on its way must not change (what it reads, it reads at once; its results are there when they are
+waited for); and all that `ptx_arithmetic` and `ptx_memory` leave out. An instruction that is not known is a RealmError.
 
 Source: NVIDIA, PTX ISA.
 """
@@ -21,7 +22,16 @@ from ptx_arithmetic import dtype_of, operation
 from ptx_memory import BadAddress, GlobalMemory
 from ptx_races import Detector, Fault
 from ptx_shared import Copy, SharedMemory
-from ptx_warp import REDUCE, item_addresses, multiply, reduce, shuffle
+from ptx_warp import (
+    GROUPED,
+    REDUCE,
+    item_addresses,
+    matrix_rows,
+    multiply,
+    multiply_grouped,
+    reduce,
+    shuffle,
+)
 from realm_jax.errors import RealmError
 
 Array = np.ndarray
@@ -56,6 +66,7 @@ class Program:
         self.registers: dict[str, Array] = {}
         self.begun: list[Copy] = []  # since the last commit
         self.groups: list[list[Copy]] = []
+        self.products: list[dict[str, Array]] = [{}]  # results on their way, by group; last, since the last commit
         self.at = 0
 
     def run(self) -> None:
@@ -263,6 +274,44 @@ class Program:
         for name, value in zip(result, multiply(one.opcode, *values), strict=True):
             self._put(name, value, active)
 
+    def _multiply_grouped(self, one: Instruction, active: Array) -> None:
+        """wgmma: four warps together."""
+        self._require_all(active)
+        match one.opcode.split(".")[1]:
+            case "commit_group":
+                self.products.append({})
+            case "wait_group":
+                there = max(0, len(self.products) - 1 - int(one.operands[0]))
+                for name, value in (item for results in self.products[:there] for item in results.items()):
+                    self._put(name, value, active)
+                self.products = self.products[there:]
+            case "mma_async":
+                self._begin_product(one)
+            case "fence":
+                pass
+            case _:
+                raise RealmError("this is not simulated")
+
+    def _begin_product(self, one: Instruction) -> None:
+        found, (names, left, descriptor, more, *rest) = GROUPED.fullmatch(one.opcode), one.operands
+        if not found or rest != ["1", "1", "0"] or len(names) != int(found[1]) // 2 or len(self.threads) % 128:
+            raise RealmError("this product is not simulated")
+        columns = int(found[1])
+        rows = [
+            self.shared.load(self.threads, self._in_shared(addresses, 16), 16, self.at).reshape(-1, 32, 16)
+            for addresses in matrix_rows(self.value(descriptor, "b64"), columns)
+        ]
+        right = np.concatenate(rows, 1)[:, : 2 * columns].reshape(-1, columns, 32).view(np.float16)
+        again, zero = self.value(more, "pred"), np.zeros(len(self.threads), np.uint32)
+        sums = [np.where(again, self._on_its_way(name), 0) if again.any() else zero for name in names]
+        results = multiply_grouped([self.value(name, "b32") for name in left], right, sums)
+        self.products[-1] |= dict(zip(names, results, strict=True))
+
+    def _on_its_way(self, name: str) -> Array:
+        """A register, or what it will hold."""
+        found = next((results[name] for results in reversed(self.products) if name in results), None)
+        return self.value(name, "b32") if found is None else found.view(np.uint32)
+
     def _matrices(self, one: Instruction, active: Array) -> None:
         """ldmatrix and stmatrix."""
         self._require_all(active)
@@ -312,7 +361,7 @@ class Program:
 
 SPECIAL: dict[str, Callable[[Program, Instruction, Array], None]] = {
     "ld": Program._load, "st": Program._store, "cp": Program._copy, "bar": Program._barrier,
-    "barrier": Program._barrier, "mma": Program._multiply, "ldmatrix": Program._matrices,
-    "stmatrix": Program._matrices, "shfl": Program._shuffle, "redux": Program._reduce,
+    "barrier": Program._barrier, "mma": Program._multiply, "wgmma": Program._multiply_grouped,
+    "ldmatrix": Program._matrices, "stmatrix": Program._matrices, "shfl": Program._shuffle, "redux": Program._reduce,
     "atom": Program._update, "cvta": Program._convert_address, "griddepcontrol": Program._nothing,
 }  # fmt: skip

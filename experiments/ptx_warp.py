@@ -2,7 +2,8 @@
 `ptx_machine`.
 
 Registers of all threads are (threads,) uint32, lane after lane, warp after warp. Source: NVIDIA, PTX ISA, "Warp Level
-Matrix Multiply-Accumulate Instructions", "shfl.sync" and "redux.sync".
+Matrix Multiply-Accumulate Instructions", "Asynchronous Warpgroup Level Matrix Instructions", "shfl.sync" and
+"redux.sync".
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from realm_jax.errors import RealmError
 
 Array = np.ndarray
 MMA = re.compile(r"mma\.sync\.aligned\.m16n8k(\d+)\.row\.col\.(f32|s32)\.(f16|bf16|s8|u8)\.(f16|bf16|s8|u8)\.\2")
+GROUPED = re.compile(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.f16\.f16")
 REDUCE = {"add": np.add, "min": np.minimum, "max": np.maximum}
 WAYS = {"up": np.subtract, "down": np.add, "bfly": np.bitwise_xor}
 
@@ -31,10 +33,42 @@ def multiply(opcode: str, a: Sequence[Array], b: Sequence[Array], c: Sequence[Ar
     width = 16 // dtype_of(of_a).itemsize  # columns of A that one register of each lane has
     if len(a) != 2 * depth // width or len(b) != depth // width or len(c) != 4:
         raise RealmError("it has other numbers of registers than the ISA says")
-    # Register i of A has rows g + 8 (i % 2); that of B has columns g.
-    parts = [[_matrix(a[i], of_a) for i in range(half, len(a), 2)] for half in range(2)]
-    left = np.concatenate([np.concatenate(row, 2) for row in parts], 1)
-    right = np.concatenate([_matrix(register, of_b) for register in b], 2)
+    right = np.concatenate([_matrix(register, of_b) for register in b], 2)  # a register has columns g
+    return _add_product(_left(a, of_a), right, c, result)
+
+
+def multiply_grouped(a: Sequence[Array], b: Array, c: Sequence[Array]) -> list[Array]:
+    """wgmma: A (64, 16) B (16, columns) + C of every four warps; A and C from the fragments of their lanes, b: (warps,
+    columns, 16) float16, as each warp has read it. Summed as `multiply` does."""
+    left, right = _left(a, "f16"), b.astype(np.float64)
+    tiles = [_add_product(left, right[:, 2 * i : 2 * i + 8], c[i : i + 4], "f32") for i in range(0, len(c), 4)]
+    return [register for tile in tiles for register in tile]
+
+
+def matrix_rows(descriptors: Array, columns: int) -> list[Array]:
+    """Where the lanes of warps read the rows of eight inputs of B (16, columns) that a `wgmma` finds in shared memory:
+    a column's first eight, its last, then the next column's; as many for each lane as there must be, from the first on
+    again past the last. descriptors: without swizzling, (threads,) uint64."""
+    if (descriptors >> np.uint64(46)).any() or (
+        descriptors.reshape(-1, 128) != descriptors.reshape(-1, 128)[:, :1]
+    ).any():
+        raise RealmError("this descriptor of a matrix is not simulated")
+    start, inner, outer = (
+        (descriptors >> np.uint64(bit) & np.uint64(0x3FFF)).astype(np.int64) << 4 for bit in (0, 16, 32)
+    )
+    lane = np.arange(len(descriptors)) % 32
+    rows = [(lane + first) % (2 * columns) for first in range(0, 2 * columns, 32)]
+    return [start + row // 16 * outer + row % 2 * inner + row // 2 % 8 * 16 for row in rows]
+
+
+def _left(a: Sequence[Array], kind: str) -> Array:
+    """A (warps, 16, k): register i has rows g + 8 (i % 2)."""
+    parts = [[_matrix(a[i], kind) for i in range(half, len(a), 2)] for half in range(2)]
+    return np.concatenate([np.concatenate(row, 2) for row in parts], 1)
+
+
+def _add_product(left: Array, right: Array, c: Sequence[Array], result: str) -> list[Array]:
+    """The fragments of A B + C, from B's columns (warps, 8, k)."""
     halves = [_matrix(np.stack(c[i : i + 2], -1), result) for i in (0, 2)]
     total = (left @ right.transpose(0, 2, 1) + np.concatenate(halves, 1)).astype(dtype_of(result))
     rows = total.reshape(len(total), 2, 32, 2)  # of a warp: g or g + 8, lane, column 2 t or 2 t + 1
