@@ -172,12 +172,12 @@ class Columns:
         tile = zero if self.early else zero + clipped(self.first_tile + tile, self.own)
         if name in ("steps", "mins"):
             count = 4 * self.live
-            lane = lane % count  # other columns have the same: nobody looks at them
-            slots = Slots(count, warp * count + lane)
+            has, lane = lane < count, lane % count  # other columns have the same: nobody looks at them
+            slots = Slots(count, warp * count + lane, copies=has, name="columns")
             if name == "mins":
                 return Place(self.x.sums, (tile, group, lane, zero), 4, slots)
             return Place(self.x.steps, (tile, group * (self.blocks // 2) + j, lane, zero), 4, slots)
-        slots = Slots(1, warp)
+        slots = Slots(1, warp, copies=lane == 0, name="lane 0")
         column = zero if self.early else 2 * t
         if name == "sizes":
             return Place(self.x.sizes, (tile, column + key[1], group * self.blocks + 4 * j), self.span, slots)
