@@ -146,6 +146,120 @@ def test_what_is_not_simulated_is_an_error_in_one_line():
             run_product(PTX.replace(before, after))
 
 
+# Four warps multiply A (64, 16) by B, given as B^T (8, 16), float16, twice.
+GROUPED = """
+.version 8.0
+.target sm_90a
+.address_size 64
+.visible .entry product(
+    .param .u64 .ptr .global .align 16 product_param_0,
+    .param .u64 .ptr .global .align 16 product_param_1,
+    .param .u64 .ptr .global .align 16 product_param_2
+)
+.reqntid 128, 1, 1
+{
+    .reg .pred %p<3>;
+    .reg .b32 %r<24>;
+    .reg .b64 %rd<16>;
+    ld.param.b64 %rd1, [product_param_0];
+    ld.param.b64 %rd2, [product_param_1];
+    ld.param.b64 %rd3, [product_param_2];
+    mov.u32 %r1, %tid.x;
+    shr.u32 %r2, %r1, 5;
+    and.b32 %r3, %r1, 31;
+    shr.u32 %r4, %r3, 2;
+    and.b32 %r5, %r3, 3;
+    mad.lo.s32 %r6, %r2, 16, %r4;
+    shl.b32 %r7, %r6, 5;
+    mad.lo.s32 %r7, %r5, 4, %r7;
+    cvt.u64.u32 %rd4, %r7;
+    add.s64 %rd4, %rd1, %rd4;
+    ld.global.b32 %r10, [%rd4];
+    ld.global.b32 %r11, [%rd4+256];
+    ld.global.b32 %r12, [%rd4+16];
+    ld.global.b32 %r13, [%rd4+272];
+    setp.lt.u32 %p1, %r1, 16;
+    mul.wide.u32 %rd5, %r1, 16;
+    add.s64 %rd5, %rd2, %rd5;
+    {
+        .reg .b32 at, to;
+        .shared .align 16 .b8 matrix[256];
+        mov.u32 at, matrix;
+        and.b32 to, %r1, 1;
+        shl.b32 to, to, 7;
+        add.u32 at, at, to;
+        shr.u32 to, %r1, 1;
+        shl.b32 to, to, 4;
+        add.u32 to, at, to;
+        @%p1 cp.async.cg.shared.global [to], [%rd5], 16;
+        cp.async.commit_group;
+        cp.async.wait_group 0;
+        bar.sync 0;
+        mov.u32 at, matrix;
+        shr.u32 at, at, 4;
+        cvt.u64.u32 %rd6, at;
+        add.s64 %rd6, %rd6, 524288;  // matrices of eight inputs: 128 bytes apart
+    }
+    setp.ne.b32 %p2, %r1, %r1;
+    wgmma.fence.sync.aligned;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16
+        {%r14, %r15, %r16, %r17}, {%r10, %r11, %r12, %r13}, %rd6, %p2, 1, 1, 0;
+    setp.eq.b32 %p2, %r1, %r1;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16
+        {%r14, %r15, %r16, %r17}, {%r10, %r11, %r12, %r13}, %rd6, %p2, 1, 1, 0;
+    wgmma.commit_group.sync.aligned;
+    wgmma.wait_group.sync.aligned 0;
+    shl.b32 %r8, %r6, 5;
+    mad.lo.s32 %r8, %r5, 8, %r8;
+    cvt.u64.u32 %rd7, %r8;
+    add.s64 %rd7, %rd3, %rd7;
+    st.global.v2.b32 [%rd7], {%r14, %r15};
+    st.global.v2.b32 [%rd7+256], {%r16, %r17};
+    ret;
+}
+"""
+
+
+def run_grouped(text: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """What four warps find (64, 8), what is right, and what is wrong."""
+    a, b = (np.random.default_rng(i).standard_normal((rows, 16)).astype(np.float16) for i, rows in enumerate((64, 8)))
+    found = np.zeros((64, 8), np.float32)
+    buffers = [x.reshape(-1).view(np.uint8) for x in (a, b, found)]
+    faults = simulate(read_kernel(text), buffers, (1,))
+    return (
+        found,
+        2 * (a.astype(np.float64) @ b.astype(np.float64).T),
+        [f"{fault.kind}: {fault.what}" for fault in faults],
+    )
+
+
+def test_a_product_of_four_warps_together():
+    found, right, faults = run_grouped(GROUPED)
+    np.testing.assert_allclose(found, right, rtol=1e-5, atol=1e-5)
+    assert faults == []
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("        bar.sync 0;", "", f"race: reads what another thread writes, {RACE}"),
+        ("cp.async.wait_group 0", "cp.async.wait_group 1", "race: reads what is still on its way"),
+        ("524288", "1048576", "of shared memory, which has 256"),
+    ],
+)
+def test_a_matrix_that_four_warps_read_must_be_there(before, after, said):
+    assert GROUPED.count(before) == 1
+    _, _, faults = run_grouped(GROUPED.replace(before, after))
+    assert any(said in fault for fault in faults), faults
+
+
+def test_results_of_four_warps_are_there_once_they_are_waited_for():
+    with pytest.raises(RealmError, match="%r14 has no value"):
+        run_grouped(GROUPED.replace("wgmma.wait_group.sync.aligned 0", "wgmma.wait_group.sync.aligned 1"))
+    with pytest.raises(RealmError, match="this descriptor of a matrix is not simulated"):  # swizzled
+        run_grouped(GROUPED.replace("524288", "4611686018427912192"))
+
+
 def test_arithmetic():
     a, b = np.array([0x12345678, 0xFFFFFF80], np.uint32), np.array([0x9ABCDEF0, 3], np.uint32)
     halves = np.array([[1.5, -2.0], [0.1, np.inf]], np.float16)
