@@ -63,7 +63,7 @@ class Plan(NamedTuple):
 
     @property
     def waits(self) -> bool:
-        """Whether sums of turns wait in memory for those of later ones."""
+        """Whether sums of turns wait for those of later ones."""
         return self.across > 0 and self.turns > 1 and not self.split
 
     @property
