@@ -13,7 +13,7 @@ from realm_jax.kernels import codes, pallas
 from realm_jax.kernels.assembly import chosen
 from realm_jax.kernels.lanes import Codes, Lane, Reader, coordinates, places
 from realm_jax.kernels.plan import ROWS, Plan, own_rows
-from realm_jax.kernels.ring import Place, Ring, Slots, Token, commit, read_now, together
+from realm_jax.kernels.ring import Copies, Place, Ring, Slots, Token, commit, read_now, together
 
 
 class Ahead:
@@ -124,10 +124,13 @@ def places_of_pieces(pieces_ref, s: jax.Array, blocks: int, live: int, warps: in
     """What a step reads of x, where a tile has one or two columns that are not zero."""
     count = 4 * live  # of lanes that have them; the others have the same, for columns nobody looks at
     warp, _, _, lane = coordinates(lax.broadcasted_iota(jnp.int32, (32 * warps,), 0))
-    has, lane = lane < count, lane % count
-    at = jnp.zeros_like(lane), (s * warps + warp) * blocks, lane, jnp.zeros_like(lane)
-    slots = Slots(count, warp * count + lane, copies=has, name="columns")
-    return [Place(pieces_ref, at, 4, slots, 128 * i) for i in range(blocks)]
+    zero, first, own = jnp.zeros_like(lane), (s * warps + warp) * blocks, lane % count
+    # A lane copies an item of one of several blocks, for all that read it.
+    block, many = lane // count, min(blocks, 32 // count)
+    places = (zero, first + block, own, zero), (block * warps + warp) * count + own
+    copies, slots = Copies(*places, block < many, f"{many} blocks"), Slots(count, warp * count + own)
+    at = zero, first, own, zero
+    return [Place(pieces_ref, at, 4, slots, 128 * i, () if i % many else copies) for i in range(blocks)]
 
 
 def places_of_sums(sums_ref, s: jax.Array, live: int, pieces: int, warps: int) -> list[Place | None]:

@@ -36,16 +36,27 @@ class Slots(NamedTuple):
     name: str = ""
 
 
+class Copies(NamedTuple):
+    """What threads copy for several places that follow each other in a ring: indices (P,) of the first item, where to
+    (P,), counted from the first place of the first of them, and which threads, bool (P,). name: as in `Slots`."""
+
+    at: tuple[jax.Array, ...]
+    to: jax.Array
+    threads: jax.Array
+    name: str
+
+
 class Place(NamedTuple):
     """Where four items of a thread stand in a ref: `at`, indices (P,) of the first, and `span`, how many there are:
     4 neighbours, 2 neighbours of which each counts for two, or 1 that counts for all. beyond: so many items after that,
-    on the last axes."""
+    on the last axes. copies: where that is not what the slots say; (): those of a place before bring it."""
 
     ref: jax.Array
     at: tuple[jax.Array, ...]
     span: int
     slots: Slots
     beyond: int = 0
+    copies: Copies | tuple[()] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -96,7 +107,7 @@ class Ring:
         stage = self._stage(step)
         live = jnp.broadcast_to(live, token.shape)
         for group in self._groups(places):
-            copies = group[0][0].slots.copies
+            copies = _copies(group[0][0]).threads
             token = _copy(token, group, stage, (live if copies is None else live & copies).astype(jnp.int32))
         return token
 
@@ -104,7 +115,8 @@ class Ring:
         """Places that the same threads copy, and where they start in a stage: under one condition each."""
         groups: dict[str, list[tuple[Place, int]]] = {}
         for place, start in zip(places, self.starts, strict=True):
-            groups.setdefault(place.slots.name, []).append((place, start))
+            if place.copies != ():
+                groups.setdefault(_copies(place).name, []).append((place, start))
         return list(groups.values())
 
     def wait(self, token: Token) -> Token:
@@ -171,13 +183,15 @@ def _copy(token: Token, group: list[tuple[Place, int]], stage: jax.Array, live: 
     """Copies under one condition: so their code needs no more than one branch."""
     addresses, targets = {}, {}
     for place, _ in group:
-        addresses.setdefault((id(place.ref), *map(id, place.at)), (place.ref, _index_to_copy(place)))
-        targets.setdefault((id(place.slots.own), place.nbytes), place.slots.own * place.nbytes + stage)
+        own = _copies(place)
+        addresses.setdefault((id(place.ref), *map(id, own.at)), (place.ref, _index_to_copy(place, own)))
+        targets.setdefault((id(own.to), place.nbytes), own.to * place.nbytes + stage)
     first = 1 + len(addresses)  # operands: the result, addresses, token, condition, targets
     lines = [f".reg .b32 to; .reg .pred p; setp.ne.b32 p, ${first + 1}, 0;"]
     for place, start in group:
-        source = 1 + list(addresses).index((id(place.ref), *map(id, place.at)))
-        target = first + 2 + list(targets).index((id(place.slots.own), place.nbytes))
+        own = _copies(place)
+        source = 1 + list(addresses).index((id(place.ref), *map(id, own.at)))
+        target = first + 2 + list(targets).index((id(own.to), place.nbytes))
         way, beyond = "cg" if place.nbytes == 16 else "ca", place.beyond * place.ref.dtype.itemsize
         lines.append(f"""add.u32 to, $0, ${target};
             @p cp.async.{way}.shared.global [to + {start}], [${source} + {beyond}], {place.nbytes};""")
@@ -187,9 +201,15 @@ def _copy(token: Token, group: list[tuple[Place, int]], stage: jax.Array, live: 
     return asm(text, constraints, *operands, addresses=list(addresses.values()), pure=False)
 
 
-def _index_to_copy(place: Place) -> jax.Array:
+def _copies(place: Place) -> Copies:
+    """What threads copy for a place."""
+    return place.copies or Copies(place.at, place.slots.own, place.slots.copies, place.slots.name)
+
+
+def _index_to_copy(place: Place, own: Copies) -> jax.Array:
     """Of items of two bytes, the pair that it is in."""
-    return place.index & -2 if place.span * place.ref.dtype.itemsize < 4 else place.index
+    index = flat_index(own.at, place.ref.shape)
+    return index & -2 if place.span * place.ref.dtype.itemsize < 4 else index
 
 
 def _read(address: jax.Array, start: int, place: Place) -> jax.Array:

@@ -3,9 +3,9 @@ together.
 
 As `triton_matmul`, to the bit: a result is summed in the same turns, one after the other. There every warp of a program
 takes a turn, so each reads another part of x, and all of x is read anew for every 16 rows of w. With 64 rows that is
-half a megabyte, far more than the rows of w. Here a program reads x once for all its rows of w, by way of shared memory;
-on Hopper its four warps multiply together, and by x where it lies there. Where w has few rows each turn is a program,
-which keeps its sums; they are added up in a launch of their own (`turns`).
+half a megabyte, far more than the rows of w. Here a program reads x once for all its rows of w, by way of shared
+memory; on Hopper its four warps multiply together, and by x where it lies there. Where w has few rows each turn is a
+program, which keeps its sums; they are added up in a launch of their own (`turns`).
 """
 
 from typing import Any
