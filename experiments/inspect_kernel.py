@@ -6,8 +6,8 @@
 
 A case is a function that returns (fn, args) or (fn, args, facts); options after its name are its arguments. args are
 arrays or `jax.ShapeDtypeStruct`s; nothing is run. facts may hold weights= and bytes= of one call, trips=(n, ...), how
-often each loop of the kernel runs, in code order, donate=, the numbers of the arguments whose buffers are reused, and
-grid= and threads= (needed for Mosaic GPU only).
+often each loop of the kernel runs, in code order (or a function that says so for the target), donate=, the numbers of
+the arguments whose buffers are reused, and grid= and threads= (needed for Mosaic GPU only).
 
 Instruction counts are for one thread over the whole kernel; all branches count as taken. Floors are what each unit
 needs at the least if it never waits (`machine_code.clocks`): a kernel is slower than its worst one. Nothing is
@@ -29,7 +29,7 @@ import click
 import machine_code
 from inspect_cases import case_command, find_case, read_options
 from inspect_report import show_kernels, show_launches
-from offline_gpu import TARGETS, Target, compile_case, prepare, tool
+from offline_gpu import TARGETS, Target, as_if_on, compile_case, prepare, tool
 from realm_jax.errors import RealmError
 
 
@@ -148,6 +148,9 @@ def look(case: str, words: list[str], target: Target, out: Path, only: str | Non
     started = time.perf_counter()
     compiled = compile_case(fn, args, target, facts.get("donate", ()))
     seconds = time.perf_counter() - started
+    if callable(facts.get("trips")):
+        with as_if_on(target):
+            facts["trips"] = facts["trips"]()
     (out / "optimized_hlo.txt").write_text(compiled.as_text())
     launches = read_launches(out)
     read_code = only is not None or not facts.get("thunks")
