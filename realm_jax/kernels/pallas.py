@@ -15,7 +15,7 @@ from jax.experimental.pallas import triton as plt
 
 from realm_jax.kernels import assembly
 
-load, store, program_id, ds, when = plt.load, plt.store, pl.program_id, pl.ds, pl.when
+load, store, program_id, when = plt.load, plt.store, pl.program_id, pl.when
 Shape = jax.ShapeDtypeStruct
 OLDEST = "8.0"  # compute capability of Ampere
 TANH_ERROR = 2.0**-11
@@ -150,12 +150,6 @@ def find_range(number: jax.Array, lengths: Sequence[int], values: Sequence[int])
         which, place = jnp.where(beyond, i, which), jnp.where(beyond, number - start, place)
         value = jnp.where(beyond, values[i], value)
     return which, place, value
-
-
-def barrier() -> None:
-    """What a program has stored before it, all its threads load after it."""
-    if not _interpreting:
-        plt.debug_barrier()
 
 
 def sum_of_two(x: jax.Array, axis: int) -> jax.Array:
