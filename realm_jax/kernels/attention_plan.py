@@ -68,8 +68,9 @@ class Plan(NamedTuple):
 
     def part_of(self, place: jax.Array) -> jax.Array:
         """Which part a place is in."""
-        own = jnp.where(place < self.halved * self.part, place // (self.part // 2), place // self.part + self.halved)
-        return own if self.halved else place // self.part
+        if not self.halved:
+            return place // self.part
+        return jnp.where(place < self.halved * self.part, place // (self.part // 2), place // self.part + self.halved)
 
     def start_of(self, part: jax.Array) -> jax.Array:
         """The first place of a part."""

@@ -17,7 +17,7 @@ from jax import lax
 from realm_jax.kernels import fragments, operand, pallas
 from realm_jax.kernels.fragments import Fragment, SubBlock
 from realm_jax.kernels.lanes import Codes, Reader, halves_of
-from realm_jax.kernels.ring import COPIES, Token, asm, few, flat_index, shared_array
+from realm_jax.kernels.ring import Token, address_after, asm, few, flat_index, shared_array
 
 STAGE_INPUTS = 64
 PIECES = STAGE_INPUTS  # of a tile, in a stage, as items of 16 bytes: 8 inputs of a column each
@@ -89,9 +89,7 @@ class Columns(NamedTuple):
         if token is None:
             return Stage(self, None, None, part, group)
         lane = self._thread() % 32
-        text = f"{{ .reg .b32 a; add.u32 a, $4, $5; {COPIES} }}"
-        start = self._start(number) + (0 * lane if self.grouped else 16 * lane)
-        address = asm(text, ["=&r"] * 4 + ["r"] * 2, token, start, results=4)
+        address = address_after(token, self._start(number) + (0 * lane if self.grouped else 16 * lane))
         return Stage(self, address, token + self._sums(number) + 16 * SUMS // self.pieces // 32 * lane, part, group)
 
     def _sums(self, number: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
-"""What the mins of a step add to a product, all at once: whole numbers times one number of each four units, which the
-tensor cores multiply by sums of x. Called by `triton_matmul` and `triton_wide`.
+"""What a step adds to a product at its end, all at once, where scales and mins are whole numbers times one number of
+each four units: sums of products that have the scales in them, and the mins, which the tensor cores multiply by sums of
+x. Called by `triton_matmul` and `triton_wide`.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +12,15 @@ from realm_jax.kernels import fragments
 from realm_jax.kernels.fragments import Fragment
 from realm_jax.kernels.lanes import Codes
 from realm_jax.kernels.operand import LOW, SUM_SCALE
+
+
+def add_wholes(
+    totals: Sequence[Fragment], sums: Sequence[Fragment], rows: Sequence[Codes], one: bool = False
+) -> list[Fragment]:
+    """totals of tiles, and the sums of a step whose codes have their factors in them, times the rows' `whole`. one: see
+    `fragments.add_scaled`."""
+    wholes = [row.whole for row in rows]
+    return [fragments.add_scaled(dot, *wholes, total, 0, one) for total, dot in zip(totals, sums, strict=True)]
 
 
 def add_mins(

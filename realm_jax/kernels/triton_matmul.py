@@ -23,7 +23,7 @@ from jax import lax
 from realm_jax.kernels import codes, fragments, pallas, triton_wide
 from realm_jax.kernels.ahead import Ahead, matrix_of, place_of_pairs, places_of_pieces, places_of_sums
 from realm_jax.kernels.lanes import coordinates, halves_of
-from realm_jax.kernels.mins import add_mins
+from realm_jax.kernels.mins import add_mins, add_wholes
 from realm_jax.kernels.operand import Prepared, operand_of
 from realm_jax.kernels.plan import Plan, clipped, cut, grid_of, ring_bytes
 from realm_jax.kernels.results import backs_of, leave, shapes
@@ -153,9 +153,7 @@ def _kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...]) -> None:
             for sub in range(reader.unit // reader.sub_block):
                 add_sub_block(unit, sub, rows, parts, x, place, sums)
         if reader.factors:
-            wholes = [row.whole for row in rows]
-            pairs_of_sums = zip(sums, totals, strict=True)
-            totals = [fragments.add_scaled(dot, *wholes, total, 0, live == 1) for dot, total in pairs_of_sums]
+            totals = add_wholes(totals, sums, rows, live == 1)
         if reader.mins:
             totals = add_mins(totals, rows, lambda tile: pairs(tile, x, s), own.pieces, zero, live == 1)
         return token, totals

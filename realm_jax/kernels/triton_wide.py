@@ -19,8 +19,8 @@ from realm_jax.kernels.ahead import Ahead, matrix_of
 from realm_jax.kernels.columns import STAGE_INPUTS, Columns, Stage
 from realm_jax.kernels.fragments import Fragment
 from realm_jax.kernels.lanes import Codes
-from realm_jax.kernels.mins import add_mins
-from realm_jax.kernels.plan import GROUPED_BYTES, Plan
+from realm_jax.kernels.mins import add_mins, add_wholes
+from realm_jax.kernels.plan import Plan
 from realm_jax.kernels.results import backs_of, keep, leave
 from realm_jax.kernels.ring import commit, together
 from realm_jax.kernels.turns import Held, InMemory, InShared, Waiting, shared
@@ -44,7 +44,7 @@ def kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...]) -> None:
     matrix, which = matrix_of(plane_refs, own, format, outputs, group)
     reader = matrix.reader
     x = Columns(pieces_ref, sums_ref, first_tile, tiles, reader.mins, own.pieces, own.x_stages, own.warps, own.grouped)
-    weights = Ahead(matrix.places, own.warps, steps, own.stages, GROUPED_BYTES)
+    weights = Ahead(matrix.places, own.warps, steps, own.stages, pallas.shared_memory())  # the plan has seen to it
     parts = 4 * reader.unit // STAGE_INPUTS  # stages of x in a step
     zero = x.zero()
 
@@ -74,8 +74,7 @@ def kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...]) -> None:
             there = x.at(of_x, step * parts + part, group(step) * parts + part, group(step))
             sums = add_part(sums, rows, there, part)
         if reader.factors:
-            wholes, pairs = [row.whole for row in rows], zip(sums, totals, strict=True)
-            sums = tuple(fragments.add_scaled(dot, *wholes, total, 0, False) for dot, total in pairs)
+            sums = tuple(add_wholes(totals, sums, rows))
         return (of_w, of_x), tuple(add_mins(sums, rows, there.pairs, own.pieces, zero)) if reader.mins else sums
 
     def add_part(totals: Totals, rows: list[Codes], there: Stage, part: int) -> Totals:

@@ -16,7 +16,7 @@ from realm_jax.kernels.assembly import assembly
 from realm_jax.kernels.fragments import Fragment
 from realm_jax.kernels.operand import LOW
 from realm_jax.kernels.plan import Plan
-from realm_jax.kernels.ring import COPIES, asm, shared_array
+from realm_jax.kernels.ring import address_after, shared_array
 
 ADDED = 256  # outputs of a program that adds up
 Held = Any  # what the place of the sums is known by, from turn to turn
@@ -75,8 +75,7 @@ class InShared(NamedTuple):
     def begin(self) -> Fragment:
         threads = 32 * self.own.warps
         start = shared_array("turns", self.own.program_tiles * self._apart, threads)
-        text, own = f"{{ .reg .b32 a; add.u32 a, $4, $5; {COPIES} }}", 16 * lax.iota(jnp.int32, threads)
-        return asm(text, ["=&r"] * 4 + ["r"] * 2, start, own, results=4)
+        return address_after(start, 16 * lax.iota(jnp.int32, threads))
 
     @property
     def _apart(self) -> int:
