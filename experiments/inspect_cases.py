@@ -49,24 +49,25 @@ def matmul(
     rows: int = 1,
     impl: str = "auto",
     activations: str = "float32",
+    arithmetic: str = "float",
 ) -> tuple:
-    """The product of x (rows, inputs) of type `activations` and packed weights (outputs, inputs)."""
+    """The product of x (rows, inputs) of type `activations` and packed weights (outputs, inputs), in an arithmetic."""
     import jax
+    import jax.numpy as jnp
 
     from random_model import weight_spec
-    from realm_jax.kernels import pallas
     from realm_jax.kernels.matmul import choose_impl, matmul
-    from realm_jax.kernels.plan import cut
+    from realm_jax.kernels.plan import cut, plan
 
-    weight = weight_spec(format, (outputs, inputs))
+    weight = weight_spec(format, (outputs, inputs)).replace(arithmetic=arithmetic)
     packed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight))
     x = jax.ShapeDtypeStruct((rows, inputs), activations)
     facts = {"weights": outputs * inputs, "bytes": packed}
     with mock.patch.object(jax, "default_backend", lambda: "gpu"):
         chosen = choose_impl(x.shape, weight) if impl == "auto" else impl
-    if chosen == "triton":
-        with mock.patch.object(pallas, "capability", lambda: "9.0"):  # of the target, if none is named
-            facts["trips"] = lambda: cut(rows, x.dtype, weight).trips  # which the target decides
+    if chosen in ("triton", "triton_int8"):
+        own = (lambda: cut(rows, x.dtype, weight)) if chosen == "triton" else (lambda: plan(rows, jnp.bfloat16, weight))
+        facts["trips"] = lambda: own().trips  # which the target decides
     return lambda x, w: matmul(x, w, impl=impl), (x, weight), facts
 
 

@@ -60,10 +60,34 @@ class Ahead:
         items = iter(self.ring.take(token, step, _there(lists)))
         return [[place and next(items) for place in found] for found in lists]
 
+    def take_own(self, token: Token | None, step: jax.Array, item: jax.Array) -> list[list[jax.Array | None]]:
+        """`take` of one item of each thread, arrays (P,); None: was not put, or this is the interpreter."""
+        lists = self.places(step)
+        if self.ring is None:
+            return [[None for _ in found] for found in lists]
+        items = iter(self.ring.take_own(token, step, _there(lists), item))
+        return [[place and next(items) for place in found] for found in lists]
+
+    def take_words(self, token: Token | None, step: jax.Array, number: int, word: jax.Array, count: int) -> jax.Array:
+        """Words (P, 4) of place `number` of the last list: see `Ring.take_words`."""
+        lists = self.places(step)
+        if self.ring is None:
+            place = lists[-1][number]
+            shape = word.shape[0], 4
+            at = jnp.broadcast_to(place.at[0][:, None], shape)
+            item = lax.broadcasted_iota(jnp.int32, shape, 1)
+            words = pallas.load(place.ref.at[at, place.beyond + word[:, None] + item], mask=item < count, other=0)
+            return words
+        there = _there(lists)
+        return self.ring.take_words(token, step, there, len(there) - len(lists[-1]) + number, word, count)
+
+    def wait(self, token: Token | None, step: jax.Array) -> Token | None:
+        """The ring, after a later step is begun and this one is there."""
+        return self.ring and self.ring.wait(commit(self.put(together(token), step + self.ahead)))
+
     def next(self, token: Token | None, step: jax.Array) -> tuple[Token | None, list[list[jax.Array | None]]]:
-        """`take`, after a later step is begun and this one is there."""
-        if self.ring is not None:
-            token = self.ring.wait(commit(self.put(together(token), step + self.ahead)))
+        """`wait` and `take`."""
+        token = self.wait(token, step)
         return token, self.take(token, step)
 
 
@@ -76,6 +100,7 @@ class Rows(NamedTuple):
 
     planes, grid: see `Lane`. outputs: how many rows there are; those past the last are the last. units: of a row.
     group: in which group a warp is at a step. apart: how many rows further each warp begins than the one before it.
+    whole: whether every program has as many rows as there is room for, and every step as many units.
     """
 
     reader: Reader
@@ -87,19 +112,33 @@ class Rows(NamedTuple):
     warps: int
     group: Callable[[jax.Array, jax.Array], jax.Array]
     apart: int = 0
+    whole: bool = False
 
     def lanes(self, s: jax.Array, flat: bool) -> list[Lane]:
         """Where step `s` is in either row: for items (P, 4), or `flat`, for the first of each thread (P,)."""
         shape = (32 * self.warps,) if flat else (32 * self.warps, 4)
         warp, g, t, _ = coordinates(lax.broadcasted_iota(jnp.int32, shape, 0))
         item = jnp.zeros_like(t) if flat else lax.broadcasted_iota(jnp.int32, shape, 1)
-        group = jnp.broadcast_to(jnp.minimum(self.group(s, warp), (self.units - 1) // 4), shape)
-        rows = [jnp.minimum(self.first + self.apart * warp + g + 8 * i, self.outputs - 1) for i in range(2)]
-        return [Lane(self.planes, row, group, item, t, self.units, self.grid) for row in rows]
+        group, rows = self.group(s, warp), [self.first + self.apart * warp + g + 8 * i for i in range(2)]
+        if not self.whole:
+            group = jnp.minimum(group, (self.units - 1) // 4)
+            rows = [jnp.minimum(row, self.outputs - 1) for row in rows]
+        return [Lane(self.planes, row, jnp.broadcast_to(group, shape), item, t, self.units, self.grid) for row in rows]
+
+    def own(self, s: jax.Array, taken: list[list[jax.Array | None]]) -> list[Codes]:
+        """Either row at step `s`, of each thread of unit t alone: arrays (P,). taken: what was copied ahead of it."""
+        lanes = self.lanes(s, True)
+        pairs = zip((lane._replace(item=lane.t) for lane in lanes), taken, strict=True)
+        return [self.reader.read(lane._replace(taken=iter(items) if items else None)) for lane, items in pairs]
 
     def places(self, s: jax.Array) -> list[list[Place | None]]:
         """What can be copied ahead, for either row; the interpreter copies nothing."""
-        return [[] if pallas.interpreting() else places(self.reader, lane) for lane in self.lanes(s, True)]
+        if pallas.interpreting():
+            return [[], []]
+        low, high = (places(self.reader, lane) for lane in self.lanes(s, True))
+        if self.whole:  # as far from each other everywhere
+            high = [place and place.after_rows(8) for place in low]
+        return [low, high]
 
     def read(self, s: jax.Array, taken: list[list[jax.Array | None]]) -> list[Codes]:
         """Either row at step `s`. taken: what was copied ahead of it."""
@@ -116,8 +155,9 @@ def matrix_of(
     which, first, most = own_rows(outputs, own.program_rows)
     planes = refs[: len(outputs) * len(names)]
     planes = {name: chosen(tuple(planes[i :: len(names)]), which) for i, name in enumerate(names)}
-    grid, apart = refs[-1] if reader.grid else None, ROWS if own.across else 0
-    return Rows(reader, planes, grid, first, most, reader.units(own.width), own.warps, group, apart), which
+    grid, apart, units = refs[-1] if reader.grid else None, ROWS if own.across else 0, reader.units(own.width)
+    whole = units == 4 * own.steps * own.turns and all(count % own.program_rows == 0 for count in outputs)
+    return Rows(reader, planes, grid, first, most, units, own.warps, group, apart, whole), which
 
 
 def places_of_pieces(pieces_ref, s: jax.Array, blocks: int, live: int, warps: int) -> list[Place]:

@@ -56,7 +56,7 @@ def five_bits(lane: Lane) -> list[jax.Array]:
 
 
 def eight_bits(lane: Lane) -> list[jax.Array]:
-    return [lane.read("qs", lane.t + 4 * k) ^ SIGNS for k in range(2)]
+    return [lane.read("qs", lane.t, further=4 * k) ^ SIGNS for k in range(2)]
 
 
 def read_q4_0(lane: Lane) -> Codes:
@@ -87,7 +87,7 @@ def read_q8_1(lane: Lane) -> Codes:
 
 
 def two_bits(lane: Lane) -> list[jax.Array]:
-    words = [lane.read("qs", lane.t + 4 * k) for k in range(2)]
+    words = [lane.read("qs", lane.t, further=4 * k) for k in range(2)]
     return [word >> np.uint32(2 * part) & PAIRS for part in range(4) for word in words]
 
 
@@ -100,7 +100,7 @@ def read_q2_k(lane: Lane) -> Codes:
 
 def read_q3_k(lane: Lane) -> Codes:
     first = lane.place(2) * np.uint32(4)
-    masks = [lane.read("hmask", lane.t + 4 * k) >> first for k in range(2)]
+    masks = [lane.read("hmask", lane.t, further=4 * k) >> first for k in range(2)]
     third = [(mask >> np.uint32(part) & BITS) << np.uint32(2) for part in range(4) for mask in masks]
     d, words = scale(lane), eight_scale_bytes(lane)
     codes = [code | bit for code, bit in zip(two_bits(lane), third, strict=True)]
@@ -116,25 +116,25 @@ def with_scales_and_mins(lane: Lane, words: list[jax.Array], **options) -> Codes
 
 
 def nibbles_of_64(lane: Lane) -> list[jax.Array]:
-    words = [lane.read("qs", lane.t + 4 * k) for k in range(2)]
+    words = [lane.read("qs", lane.t, further=4 * k) for k in range(2)]
     return [low(word) for word in words] + [high(word) for word in words]
 
 
 def read_q4_k(lane: Lane) -> Codes:
-    words = [lane.read("qs", lane.t + 4 * k) for k in range(2)]
+    words = [lane.read("qs", lane.t, further=4 * k) for k in range(2)]
     return with_scales_and_mins(lane, 2 * words, raised=(0, 0, 4, 4), mask=15)
 
 
 def read_q5_k(lane: Lane) -> Codes:
     first = lane.place(4) * np.uint32(2)
-    bits = [lane.read("qh", lane.t + 4 * k) >> first for k in range(2)]
+    bits = [lane.read("qh", lane.t, further=4 * k) >> first for k in range(2)]
     fifth = [(word >> np.uint32(part) & BITS) << np.uint32(4) for part in range(2) for word in bits]
     return with_scales_and_mins(lane, [code | bit for code, bit in zip(nibbles_of_64(lane), fifth, strict=True)])
 
 
 def read_q6_k(lane: Lane) -> Codes:
-    lows = [lane.read("ql", lane.t + 4 * k) for k in range(4)]
-    highs = [lane.read("qh", lane.t + 4 * k) for k in range(2)]
+    lows = [lane.read("ql", lane.t, further=4 * k) for k in range(4)]
+    highs = [lane.read("qh", lane.t, further=4 * k) for k in range(2)]
     codes = []
     for part in range(4):
         for k in range(2):
@@ -183,7 +183,7 @@ def digit(word: jax.Array, power: jax.Array | int) -> jax.Array:
 
 
 def read_tq1_0(lane: Lane) -> Codes:
-    first, second, third = (lane.read("qs", lane.t + 4 * k) for k in range(3))
+    first, second, third = (lane.read("qs", lane.t, further=4 * k) for k in range(3))
     powers = [np.uint32(3**i) for i in range(5)]
     codes = [digit(word, power) for power in powers for word in (first, second)]
     codes += [digit(third, power) for power in powers]
@@ -194,7 +194,7 @@ def read_tq1_0(lane: Lane) -> Codes:
 
 
 def read_tq2_0(lane: Lane) -> Codes:
-    words = [lane.read("qs", lane.t + 4 * k) for k in range(2)]
+    words = [lane.read("qs", lane.t, further=4 * k) for k in range(2)]
     raised = tuple(2 * part for part in range(4) for _ in words)
     return Codes(
         [word & PAIRS << np.uint32(up) for up, word in zip(raised, 4 * words, strict=True)],

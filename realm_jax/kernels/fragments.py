@@ -81,6 +81,17 @@ def zeros(anchor: Fragment) -> Fragment:
     return asm(text, ["=f"] * 4 + ["r"] * 4, jnp.float32, anchor)
 
 
+def joined(*items: jax.Array) -> Fragment:
+    """Four arrays (P,) of 32 bits as the items of one (P, 4)."""
+    if pallas.interpreting():
+        return jnp.stack(items, 1)
+    text = " ".join(f"mov.b32 ${i}, ${4 + i};" for i in range(4))
+    kind = "f" if items[0].dtype == jnp.float32 else "r"
+    return assembly(
+        text, [f"=&{kind}"] * 4 + [kind] * 4, pallas.Shape(items[0].shape, items[0].dtype), *items, results=4
+    )
+
+
 def add_scaled(sums: Fragment, low: Fragment, high: Fragment, total: Fragment, unit: int, one: bool) -> Fragment:
     """total + sums times a number of each row: item `unit` of `low` for row g, of `high` for row g + 8; rounded once.
 
@@ -334,6 +345,23 @@ def sum_over_warps(sums: Fragment, warps: int) -> Fragment:
     operands = 16 * thread, (thread < 32).astype(jnp.int32), sums
     shape = pallas.Shape(sums.shape, jnp.float32)
     return assembly(text + "}", ["=&f"] * 4 + ["r"] * 8 + ["f"] * 4, shape, *operands, pack=4, pure=False)
+
+
+def sum_over_t(sums: Fragment) -> Fragment:
+    """Items 0 and 2 summed over the four lanes that have the same g, which all have it then; zeros for the others. Of t
+    0 and 1, and of 2 and 3, first."""
+    if pallas.interpreting():
+        item = lax.broadcasted_iota(jnp.int32, sums.shape, 1)
+        sums_wgti = jnp.where(item % 2 == 0, sums, 0).reshape(-1, 8, 4, 4)
+        total = sums_wgti[:, :, 0] + sums_wgti[:, :, 1] + (sums_wgti[:, :, 2] + sums_wgti[:, :, 3])
+        return jnp.broadcast_to(total[:, :, None], sums_wgti.shape).reshape(sums.shape)
+    text = "{ .reg .f32 x, y; mov.b32 $1, 0; mov.b32 $3, 0; "
+    for i in (0, 2):
+        text += f"mov.b32 x, ${4 + i}; "
+        for apart in (1, 2):
+            text += f"shfl.sync.bfly.b32 y, x, {apart}, 31, 0xffffffff; add.rn.f32 x, x, y; "
+        text += f"mov.b32 ${i}, x; "
+    return asm(text + "}", ["=&f"] * 4 + ["f"] * 4, jnp.float32, sums)
 
 
 def look_up(table: np.ndarray, nibbles: jax.Array, high: bool) -> jax.Array:

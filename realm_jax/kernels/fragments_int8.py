@@ -2,12 +2,15 @@
 `triton_int8`. Layouts: PTX ISA, "Matrix fragments for mma.m16n8k32" and "m16n8k16" of integers.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from realm_jax.kernels import pallas
+from realm_jax.kernels.assembly import assembly
 from realm_jax.kernels.fragments import Fragment, as_sums, asm, by_column, fma
 
 EXACT = 1.5 * 2.0**23  # float32 from 2^23 to 2^24 are the whole numbers, in the order of their bits
@@ -70,6 +73,97 @@ def add_exact(
     return asm(text, ["=&f"] * 4 + ["f"] * 4 * len(operands), jnp.float32, *operands)
 
 
+def mma_units(
+    words: Sequence[tuple[Fragment, Fragment]], x: Fragment, masks: Sequence[Fragment], halves: int, signed: bool
+) -> Fragment:
+    """EXACT + the sums of sub-blocks of four units, one or two of each, times a row of x: number q of unit u in column
+    2 u + q. float32, as `mma`'s sums.
+
+    words: for each 16 weights of the sub-blocks, of either row. x: of a lane its words of the sub-block of column g, as
+    many as `halves`. masks: for each q, item u all ones in column 2 u + q, else 0. halves: a sub-block has 16 or 32
+    weights. signed: whether codes are.
+    """
+    words = [tuple(own.astype(jnp.int32) for own in rows) for rows in words]
+    subs, masked = len(masks), []  # of each product: unit, its words, and what of x meets them: word, mask
+    for unit in range(4):
+        if halves == 2:
+            masked += [(unit, words[2 * q : 2 * q + 2], [(0, q), (1, q)]) for q in range(subs)]
+        else:
+            masked.append((unit, words, [(0, q) for q in range(subs)]))
+    if pallas.interpreting():
+        total = EXACT
+        for unit, own, pairs in masked:
+            met = [x[:, word] & masks[q][:, unit] for word, q in pairs]
+            b = jnp.stack(met + [jnp.zeros_like(met[0])] * (4 - len(met)), 1)
+            total = total + _product_int8([row for rows in own for row in rows], b, unit, 0, signed)
+        return total
+    flat = [row for rows in words for row in rows]
+    first = 4 + 4 * len(flat)  # operand of x; then the masks
+
+    def name(rows: tuple, row: int, unit: int) -> str:
+        place = next(i for i, other in enumerate(flat) if other is rows[row])
+        return f"${4 + 4 * place + unit}"
+
+    kind = f"m16n8k{16 * len(masked[0][1])}.row.col.s32.{'s' if signed else 'u'}8.s8.s32"
+    text = f"{{ .reg .b32 c<8>, x<2>; {' '.join(f'mov.b32 c{i}, 0;' for i in range(8))}\n"
+    for unit, own, pairs in masked:
+        sums = ", ".join(f"c{4 * (unit // 2) + i}" for i in range(4))  # two chains: they wait for each other less
+        text += "".join(
+            f"and.b32 x{i}, ${first + word}, ${first + 4 + 4 * q + unit}; " for i, (word, q) in enumerate(pairs)
+        )
+        left = ", ".join(name(rows, row, unit) for rows in own for row in range(2))
+        right = ", ".join(f"x{i}" for i in range(len(pairs)))
+        text += f"mma.sync.aligned.{kind} {{{sums}}}, {{{left}}}, {{{right}}}, {{{sums}}};\n"
+    bits = np.float32(EXACT).view(np.int32)
+    text += " ".join(f"add.s32 c{i}, c{i}, c{4 + i}; add.s32 c{i}, c{i}, {bits};" for i in range(4))
+    text += " ".join(f"mov.b32 ${i}, c{i};" for i in range(4)) + "}"
+    return asm(text, ["=&f"] * 4 + ["r"] * (first + 4 * subs), jnp.float32, *flat, x, *masks)
+
+
+def add_units(
+    totals: Fragment, sums: Fragment, levels: Fragment | None, scales: Fragment, sizes: Fragment, halves: int,
+    subs: int, offsets: Fragment | None,
+) -> Fragment:  # fmt: skip
+    """totals, items 0 and 2 for rows g and g + 8, and what the sub-blocks of unit t add to them, one after the other.
+
+    sums: of `mma_units`. levels: where their counting begins, or None for EXACT; with offsets the sums of x instead.
+    scales, offsets: of row g, of either sub-block, then of row g + 8. sizes: of either sub-block, or one of both.
+    """
+    counted = [(row, q) for row in range(2) for q in range(subs)]
+    if pallas.interpreting():
+        own = [totals[:, 0], totals[:, 2]]
+        for row, q in counted:
+            i, level = 2 * row + q, EXACT if offsets is not None or levels is None else levels[:, q]
+            times = sizes[:, q if halves == 2 else 0]
+            own[row] = jnp.where(times == times, fma((sums[:, i] - level) * scales[:, i], times, own[row]), jnp.nan)
+            if offsets is not None:
+                own[row] = fma(levels[:, q], offsets[:, i], own[row])
+        return jnp.stack([own[0], 0 * own[0], own[1], 0 * own[1]], 1)
+    arrays = [totals, sums, scales, sizes, *[array for array in (levels, offsets) if array is not None]]
+    at = [4 + 4 * i for i in range(len(arrays))]
+    text = f"{{ .reg .f32 x; mov.b32 $1, 0; mov.b32 $3, 0; mov.b32 $0, ${at[0]}; mov.b32 $2, ${at[0] + 2}; "
+    for row, q in counted:
+        i, to = 2 * row + q, f"${2 * row}"
+        level = _hex(EXACT) if offsets is not None or levels is None else f"${at[4] + q}"
+        text += f"sub.rn.f32 x, ${at[1] + i}, {level}; mul.rn.f32 x, x, ${at[2] + i}; "
+        text += f"fma.rn.f32 {to}, x, ${at[3] + (q if halves == 2 else 0)}, {to}; "
+        text += f"fma.rn.f32 {to}, ${at[4] + q}, ${at[5] + i}, {to}; " if offsets is not None else ""
+    return asm(text + "}", ["=&f"] * 4 + ["f"] * (4 * len(arrays)), jnp.float32, *arrays)
+
+
+def own_mins(low: jax.Array, high: jax.Array) -> Fragment:
+    """`mins` where a thread has its t-th word of either row (P,)."""
+    if pallas.interpreting():
+        pairs = jnp.stack(
+            [jnp.stack([w >> np.uint32(8 * i) & np.uint32(0xFF) for i in (2, 3)], -1) for w in (low, high)], 1
+        )
+        return jnp.pad(lax.bitcast_convert_type(pairs.astype(jnp.bfloat16), jnp.int32), ((0, 0), (0, 2)))
+    text = f"{{ .reg .b32 a, c, d; mov.b32 c, {0x3F803F80}; mov.b32 d, {0xC300C300}; "
+    text += "".join(f"prmt.b32 a, ${4 + i}, 0x43434343, 0x4342; fma.rn.bf16x2 ${i}, a, c, d; " for i in range(2))
+    shape, operands = pallas.Shape(low.shape, jnp.int32), (low.astype(jnp.int32), high.astype(jnp.int32))
+    return assembly(text + "mov.b32 $2, 0; mov.b32 $3, 0; }", ["=&r"] * 4 + ["r"] * 2, shape, *operands, results=4)
+
+
 def _hex(number: float) -> str:
     """A float32 as PTX writes it."""
     return f"0f{np.float32(number).view(np.uint32):08X}"
@@ -119,6 +213,14 @@ def mma_mins(zero: Fragment, a: Fragment, b: Fragment) -> Fragment:
     return asm(text, ["=f"] * 4 + ["f"] * 4 + ["r"] * 8, jnp.float32, zero, a, b)
 
 
+def steps_of(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`reference.int8_steps` of x (blocks, 2, 4, 4) float32, a block of 32 inputs: steps, int32, sizes (blocks,)."""
+    size = jnp.max(jnp.max(jnp.max(jnp.abs(x), 3), 2), 1) / 127
+    steps = round_to_int(x / jnp.where(size == 0, jnp.inf, size)[:, None, None, None])
+    size = size + jnp.sum(jnp.sum(jnp.sum(x * 0, 3), 2), 1)  # the largest may have lost a NaN
+    return jnp.clip(steps, -127, 127), size
+
+
 def round_to_int(x: jax.Array) -> jax.Array:
     """float32 to int32, halves to even; anything for NaN."""
     if pallas.interpreting():
@@ -126,14 +228,16 @@ def round_to_int(x: jax.Array) -> jax.Array:
     return asm("cvt.rni.s32.f32 $0, $1;", ["=r", "f"], jnp.int32, x, pack=1)
 
 
-def _product_int8(a: tuple[Fragment, ...], b: Fragment, unit: int, item: int) -> Fragment:
-    """A B in float32 from fragments of bytes, for every warp; exact."""
+def _product_int8(a: Sequence[Fragment], b: Fragment, unit: int, item: int, signed: bool = False) -> Fragment:
+    """A B in float32 from fragments of bytes, for every warp; exact. signed: whether those of A are."""
     halves = len(a) // 2
 
     def bytes_of(words: jax.Array, dtype: jnp.dtype) -> jax.Array:
         return lax.bitcast_convert_type(words, dtype).astype(jnp.float32)
 
-    a_wgthri = jnp.stack([bytes_of(part[:, unit], jnp.uint8) for part in a], 1).reshape(-1, 8, 4, halves, 2, 4)
+    a_wgthri = jnp.stack([bytes_of(part[:, unit], jnp.int8 if signed else jnp.uint8) for part in a], 1).reshape(
+        -1, 8, 4, halves, 2, 4
+    )
     b_wnthi = bytes_of(b[:, item : item + halves], jnp.int8).reshape(-1, 8, 4, halves, 4)
     sums_wrgn = jnp.einsum("wgthri,wnthi->wrgn", a_wgthri, b_wnthi, precision=lax.Precision.HIGHEST)
     return as_sums(sums_wrgn)

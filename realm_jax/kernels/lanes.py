@@ -48,6 +48,12 @@ class Codes(NamedTuple):
         words = [word >> np.uint32(up) if up else word for word, up in zip(self.words, raised, strict=True)]
         return words if self.mask == 0xFF else [word & np.uint32(0x01010101 * self.mask) for word in words]
 
+    def raised_words(self) -> list[jax.Array]:
+        """The words with nothing but codes, as far up as they are."""
+        raised = self.raised or (0,) * len(self.words)
+        masks = [np.uint32(0x01010101 * (self.mask << up & 0xFF)) for up in raised]
+        return self.words if self.mask == 0xFF else [word & own for word, own in zip(self.words, masks, strict=True)]
+
 
 class Lane(NamedTuple):
     """Where a thread reads: planes of a matrix, its row (P, 4), the group of four units (P, 4) that it is at, which of
@@ -77,17 +83,19 @@ class Lane(NamedTuple):
             return self.unit
         return self.group // (ratio // 4) if ratio % 4 == 0 else self.unit // ratio
 
-    def read(self, name: str, word: jax.Array | int | None = None, apart: bool = False) -> jax.Array:
+    def read(self, name: str, word: jax.Array | int | None = None, apart: bool = False, further: int = 0) -> jax.Array:
         """The items of a plane for these units: of one word of them, where a chunk has several. apart: the items want
-        different words."""
+        different words. further: so many words after that one: places that differ in it alone share an address."""
         if self.taken is not None and (items := next(self.taken)) is not None:
             return items
         plane = self.planes[name]
-        at, span = self._place(plane, word)
         if self.places is not None:
+            at, span = self._place(plane, word)
             simple = not apart and self.units % 4 == 0 and can_copy(plane.dtype, span)
-            self.places.append(Place(plane, at, span, self._slots(word)) if simple else None)
+            beyond = further * plane.shape[-1]
+            self.places.append(Place(plane, at, span, self._slots(word), beyond) if simple else None)
             return jnp.zeros(self.row.shape, plane.dtype)
+        at, _ = self._place(plane, word + further if further else word)
         return pallas.load(plane.at[at])
 
     def _place(self, plane: jax.Array, word: jax.Array | int | None) -> tuple[tuple[jax.Array, ...], int]:
@@ -212,7 +220,7 @@ def halves(lane: Lane) -> tuple[jax.Array, jax.Array]:
 
 def eight_scale_bytes(lane: Lane) -> list[jax.Array]:
     """The words of the scale bytes of a chunk of 128 weights."""
-    return [lane.read("scales", i) for i in range(2)]
+    return [lane.read("scales", 0, further=i) for i in range(2)]
 
 
 def coordinates(thread: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:

@@ -126,36 +126,46 @@ def matmul(x: jax.Array | Prepared, w: Weight, *, impl: str = "auto") -> jax.Arr
 
 
 def matmul_each(x: jax.Array | Prepared, weights: Sequence[Weight]) -> list[jax.Array]:
-    """`matmul` of x by each of the weights, the same to the bit; in fewer launches where the kernel for few rows serves
+    """`matmul` of x by each of the weights, the same to the bit; in fewer launches where one kernel for few rows serves
     them all."""
-    if len(weights) == 1 or any(choose_impl(x.shape, w) != "triton" or w.shape[-1] != x.shape[-1] for w in weights):
+    chosen = {choose_impl(x.shape, w) for w in weights}
+    impl = chosen.pop() if len(chosen) == 1 else None
+    if len(weights) == 1 or impl not in EACH or any(w.shape[-1] != x.shape[-1] for w in weights):
         return [matmul(x, w) for w in weights]
-    return list(_packed_matmul_each(plain(x), x, tuple(weights)))
+    return list(_packed_matmul_each(impl, plain(x), x if impl == "triton" else plain(x), tuple(weights)))
 
 
-@custom_vmap
-def _each(x: jax.Array | Prepared, weights: tuple[QuantizedTensor, ...]) -> tuple[jax.Array, ...]:
-    return tuple(triton_matmul.matmul_each(x, weights))
+def _each(apply: Callable[..., list[jax.Array]]) -> Callable[..., tuple[jax.Array, ...]]:
+    """`apply` of x and a tuple of weights; under `vmap`, `matmul` of each."""
+    vmapped = custom_vmap(lambda x, weights: tuple(apply(x, weights)))
+
+    @vmapped.def_vmap
+    def _(size: int, batched: tuple, x: jax.Array | Prepared, weights: tuple) -> tuple[tuple[jax.Array, ...], tuple]:
+        x_axes, axes = jax.tree.map(lambda own: 0 if own else None, tuple(batched))
+        product = functools.partial(jax.vmap, matmul, axis_size=size)
+        results = (product((x_axes, w_axes))(x, w) for w, w_axes in zip(weights, axes, strict=True))
+        return tuple(results), (True,) * len(weights)
+
+    return vmapped
 
 
-@_each.def_vmap
-def _(size: int, batched: tuple, x: jax.Array | Prepared, weights: tuple) -> tuple[tuple[jax.Array, ...], tuple]:
-    x_axes, axes = jax.tree.map(lambda own: 0 if own else None, tuple(batched))
-    vmapped = functools.partial(jax.vmap, matmul, axis_size=size)
-    results = (vmapped((x_axes, w_axes))(x, w) for w, w_axes in zip(weights, axes, strict=True))
-    return tuple(results), (True,) * len(weights)
+EACH = {"triton": _each(triton_matmul.matmul_each), "triton_int8": _each(triton_int8.matmul_each)}
 
 
-@jax.custom_vjp
-def _packed_matmul_each(x: jax.Array, prepared: jax.Array | Prepared, weights: tuple) -> tuple[jax.Array, ...]:
-    return _each(prepared, weights)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _packed_matmul_each(
+    impl: str, x: jax.Array, prepared: jax.Array | Prepared, weights: tuple
+) -> tuple[jax.Array, ...]:
+    return EACH[impl](prepared, weights)
 
 
-def _packed_matmul_each_forward(x: jax.Array, prepared: jax.Array | Prepared, weights: tuple) -> tuple:
-    return _packed_matmul_each(x, prepared, weights), weights
+def _packed_matmul_each_forward(impl: str, x: jax.Array, prepared: jax.Array | Prepared, weights: tuple) -> tuple:
+    return _packed_matmul_each(impl, x, prepared, weights), weights
 
 
-def _packed_matmul_each_backward(weights: tuple, changes: tuple[jax.Array, ...]) -> tuple[jax.Array, None, None]:
+def _packed_matmul_each_backward(
+    impl: str, weights: tuple, changes: tuple[jax.Array, ...]
+) -> tuple[jax.Array, None, None]:
     return sum(_transposed(dy, w) for dy, w in zip(changes, weights, strict=True)), None, None
 
 

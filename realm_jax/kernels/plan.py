@@ -6,6 +6,7 @@ warp each, in one program (`plan`), or a warp all of them, or a program each (`w
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -135,6 +136,25 @@ def cut(rows: int, dtype: jnp.dtype, w: QuantizedTensor, tiles: Tiles | None = N
 def form_of(x: jax.Array, w: QuantizedTensor) -> Form:
     """In which a product by w takes x (..., K)."""
     return cut(math.prod(x.shape[:-1]), x.dtype, w).form(codes.READERS[w.format])
+
+
+def together(weights: Sequence[QuantizedTensor], plans: Sequence[Plan]) -> list[list[int]]:
+    """Numbers of the weights, those in one list that follow each other and that one launch can serve."""
+    lists = [[0]]
+    for i in range(1, len(weights)):
+        if _shared(weights[i - 1], plans[i - 1]) == _shared(weights[i], plans[i]) is not None:
+            lists[-1].append(i)
+        else:
+            lists.append([i])
+    return lists
+
+
+def _shared(w: QuantizedTensor, own: Plan) -> tuple | None:
+    """What two weights have in common that one launch serves; None: all that a step reads of w must be copied ahead."""
+    reader = codes.READERS[w.format]
+    if pallas.interpreting() or not reader.copied or reader.units(own.width) % 4:
+        return None
+    return w.format, own._replace(outputs=0)
 
 
 def grid_of(own: Plan, outputs: tuple[int, ...]) -> tuple[int, int, int]:

@@ -63,6 +63,10 @@ class Place(NamedTuple):
         """Bytes that a thread copies."""
         return max(4, self.span * self.ref.dtype.itemsize)
 
+    def after_rows(self, count: int) -> "Place":
+        """The same so many rows later, on the first axis of the ref; an even number."""
+        return self._replace(beyond=self.beyond + count * math.prod(self.ref.shape[1:]))
+
     @property
     def index(self) -> jax.Array:
         """The place of the first item in the flat ref (P,)."""
@@ -131,6 +135,30 @@ class Ring:
             _read(token + (place.slots.own * place.nbytes + stage), start, place)
             for place, start in zip(places, self.starts, strict=True)
         ]
+
+    def take_own(self, token: Token, step: jax.Array, places: list[Place], item: jax.Array) -> list[jax.Array]:
+        """Of what was put for that step, item `item` (P,) alone: arrays (P,)."""
+        stage = self._stage(step)
+        return [
+            _read_one(token + (place.slots.own * place.nbytes + stage), start, place, item)
+            for place, start in zip(places, self.starts, strict=True)
+        ]
+
+    def take_words(
+        self, token: Token, step: jax.Array, places: list[Place], number: int, word: jax.Array, count: int
+    ) -> jax.Array:
+        """Of what was put for that step in place `number`, 1, 2 or 4 words of the warp's, from `word` (P,) on: int32
+        (P, 4), zeros after them."""
+        slots, size = places[number].slots, places[number].nbytes
+        warp = lax.iota(jnp.int32, token.size) // 32
+        address = token + (self._stage(step) + warp * (slots.count * size) + 4 * word)
+        names = [f"${i}" for i in range(count)]
+        wide = f"v{count}." if count > 1 else ""
+        text = (
+            f"ld.shared.{wide}b32 {'{' + ', '.join(names) + '}' if wide else names[0]}, [$4 + {self.starts[number]}];"
+        )
+        text += " ".join(f"mov.b32 ${i}, 0;" for i in range(count, 4))
+        return asm(text, ["=&r"] * 4 + ["r"], address, results=4, pure=False)
 
     def _stage(self, step: jax.Array) -> jax.Array:
         return lax.rem(step, jnp.int32(self.stages)) * self.stage_bytes
@@ -238,6 +266,16 @@ def _read(address: jax.Array, start: int, place: Place) -> jax.Array:
     text = f"{{ .reg .b32 a, b; {text.replace('[$4]', f'[$4 + {start}]')} }}"
     constraints = ["=&r"] * 4 + ["r"] * len(operands)
     bits = asm(text, constraints, *operands, results=4, pure=False, dtype=jnp.uint32)
+    if size < 4:
+        bits = bits.astype(jnp.dtype(f"uint{8 * size}"))
+    return bits if bits.dtype == place.ref.dtype else lax.bitcast_convert_type(bits, place.ref.dtype)
+
+
+def _read_one(address: jax.Array, start: int, place: Place, item: jax.Array) -> jax.Array:
+    """`_read` of one of the four items."""
+    size, span = place.ref.dtype.itemsize, place.span
+    address = address + (place.index & 1) * 2 if size * span < 4 else address + item * span // 4 * size
+    bits = asm(f"ld.shared.u{8 * size} $0, [$1 + {start}];", ["=r", "r"], address, pure=False, dtype=jnp.uint32)
     if size < 4:
         bits = bits.astype(jnp.dtype(f"uint{8 * size}"))
     return bits if bits.dtype == place.ref.dtype else lax.bitcast_convert_type(bits, place.ref.dtype)

@@ -10,17 +10,18 @@ Shape key: `M` rows of x, `N` output features, `K` input features, `P` threads o
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from realm_jax.kernels import codes, fragments, fragments_int8, pallas, triton_matmul
-from realm_jax.kernels.ahead import Ahead, Rows
-from realm_jax.kernels.lanes import Codes, Reader, coordinates
-from realm_jax.kernels.plan import MOST_ROWS, ROWS, Plan, clipped, plan, ring_bytes
+from realm_jax.kernels import codes, fragments, fragments_int8, int8_row, pallas, triton_matmul
+from realm_jax.kernels.ahead import Ahead, Rows, matrix_of
+from realm_jax.kernels.int8_row import Record
+from realm_jax.kernels.lanes import SIGNS, Codes, Reader, coordinates
+from realm_jax.kernels.plan import MOST_ROWS, ROWS, Plan, clipped, plan, ring_bytes, together
 from realm_jax.kernels.reference import INT8_BLOCK
 from realm_jax.kernels.results import leave
 from realm_jax.kernels.ring import Place, Slots, read_now
@@ -67,7 +68,40 @@ def refuses(x_shape: tuple[int, ...], w: QuantizedTensor) -> str | None:
 def matmul(x: jax.Array, w: QuantizedTensor) -> jax.Array:
     """x (..., K) @ w.T for packed weights (N, K), in the dtype of x: `reference.matmul_int8`, but for the order of
     sums; for few rows of x."""
-    own = plan(math.prod(x.shape[:-1]), jnp.bfloat16, w)  # one column for each row, whatever its type
+    return matmul_each(x, [w])[0]
+
+
+def matmul_each(x: jax.Array, weights: Sequence[QuantizedTensor]) -> list[jax.Array]:
+    """`matmul` of x by each of the weights: of one row one launch for those next to each other that can share it."""
+    # One column for each row, whatever its type.
+    plans = [plan(math.prod(x.shape[:-1]), jnp.bfloat16, w) for w in weights]
+    if plans[0].rows > 1:
+        return [_matmul(x, w, own) for w, own in zip(weights, plans, strict=True)]
+    return [y for own in together(weights, plans) for y in _matmul_row(x, [weights[i] for i in own], plans[own[0]])]
+
+
+def _matmul_row(x: jax.Array, weights: list[QuantizedTensor], own: Plan) -> list[jax.Array]:
+    """Products of one row by weights of one format and one plan, but for their outputs."""
+    format = weights[0].format
+    reader, names = codes.READERS[format], codes.fields(format)
+    form = int8_row.record_of(reader, own)
+    operands = [int8_row.prepare(x.reshape(own.width), form)]
+    operands += [w.planes[name] for w in weights for name in names]
+    operands += [] if reader.grid is None else [jnp.asarray(reader.grid())]
+    outputs = tuple(w.shape[0] for w in weights)
+    results = pallas.call(
+        functools.partial(_row_kernel, own=own, format=format, outputs=outputs, form=form),
+        operands,
+        tuple(pallas.Shape((1, count), x.dtype) for count in outputs),
+        grid=(sum(-(-count // ROWS) for count in outputs),),
+        num_warps=own.warps,
+        num_stages=1,
+        name=f"matmul_int8_{format}",
+    )
+    return [y.reshape(*x.shape[:-1], -1) for y in results]
+
+
+def _matmul(x: jax.Array, w: QuantizedTensor, own: Plan) -> jax.Array:
     reader = codes.READERS[w.format]
     blocks = own.steps * own.warps * 4 * reader.unit // INT8_BLOCK
     form = Form(own.tiles, blocks, reader.sub_block, reader.zero, reader.offsets, reader.mins)
@@ -111,10 +145,7 @@ def _prepare(x_ref, steps_ref, sizes_ref, sums_ref, *, own: Form) -> None:
     row = jnp.broadcast_to(jnp.minimum(m, x_ref.shape[0] - 1), shape)
     inside = (k < x_ref.shape[1]) & (m < x_ref.shape[0])
     x = pallas.load(x_ref.at[row, k], mask=inside, other=0.0).astype(jnp.float32)
-    size = jnp.max(jnp.max(jnp.max(jnp.abs(x), 3), 2), 1) / 127
-    steps = fragments_int8.round_to_int(x / jnp.where(size == 0, jnp.inf, size)[:, None, None, None])
-    steps = jnp.clip(steps, -127, 127)
-    size = size + jnp.sum(jnp.sum(jnp.sum(x * 0, 3), 2), 1)  # the largest may have lost a NaN
+    steps, size = fragments_int8.steps_of(x)
 
     def places(shape: tuple[int, ...]) -> tuple[jax.Array, ...]:
         tile, column = (jnp.broadcast_to(j, shape) for j in (m // COLUMNS, m % COLUMNS))
@@ -144,7 +175,68 @@ def _prepare(x_ref, steps_ref, sizes_ref, sums_ref, *, own: Form) -> None:
     pallas.store(sums_ref.at[at], total, mask=block < own.blocks)
 
 
-# --- the product -----------------------------------------------------------------------------------------------------
+# --- the product by one row ------------------------------------------------------------------------------------------
+
+
+def _row_kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], form: Record) -> None:
+    """One program: ROWS rows of one of the weights, all of K."""
+    record_ref, *plane_refs = refs[: -len(outputs)]
+    matrix, which = matrix_of(plane_refs, own, format, outputs, own.group)
+    shape = 32 * own.warps, 4
+    thread, item = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    warp, _, t, _ = coordinates(lax.iota(jnp.int32, shape[0]))
+    column = thread % 32 // 4
+    masks = [jnp.where(column == 2 * item + q, -1, 0) for q in range(form.subs)]
+    zero = fragments.zeros(pallas.load(record_ref.at[jnp.zeros_like(item), item]))
+
+    def places(s: jax.Array) -> list[list[Place | None]]:
+        return [*matrix.places(s), int8_row.places(record_ref, form, own.group(s, warp))]
+
+    ahead = Ahead(places, own.warps, own.steps, own.stages, ring_bytes(own.warps, 1))
+
+    def step(s: jax.Array, carry: tuple) -> tuple:
+        token, totals, mins = carry
+        token = ahead.wait(token, s)
+        rows = matrix.read(s, ahead.take(token, s)[:2])
+        # Codes stay as far up in their bytes as they are, where a sub-block has one such distance.
+        raised = rows[0].raised[:: form.halves] if form.plain else ()
+        words = [row.raised_words() if raised else row.lowered() for row in rows]
+        words = [[word ^ SIGNS for word in row] if form.signed else row for row in words]
+        low, high = matrix.own(s, ahead.take_own(token, s, t)[:2])
+
+        def both(numbers: list[list[jax.Array]], number: int) -> jax.Array:
+            """Of rows g and g + 8 what two sub-blocks from `number` on have."""
+            return fragments.joined(*(row[number + q % form.subs] for row in numbers for q in range(2)))
+
+        scales = [row.scales for row in (low, high)]
+        if raised:
+            scales = [[own * 2.0**-up if up else own for own, up in zip(row, raised, strict=True)] for row in scales]
+
+        for number in range(form.rounds):
+            first, per = number * form.subs, form.subs * form.halves
+            x, sizes, *sums = (ahead.take_words(token, s, *place) for place in form.places_of_round(number, own.warps))
+            sizes, *sums = (lax.bitcast_convert_type(words, jnp.float32) for words in (sizes, *sums))
+            products = fragments_int8.mma_units(
+                list(zip(*(row[number * per : number * per + per] for row in words), strict=True)),
+                x, masks, form.halves, form.signed,
+            )  # fmt: skip
+            totals = fragments_int8.add_units(
+                totals, products, sums[0] if sums else None, both(scales, first), sizes,
+                form.halves, form.subs, both([low.offsets, high.offsets], first) if form.offsets else None,
+            )  # fmt: skip
+        if form.mins:
+            a = fragments_int8.own_mins(low.mins[0], high.mins[0])
+            dots = fragments_int8.mma_mins(zero, a, ahead.take_words(token, s, *form.place_of_mins(own.warps)))
+            factors = [fragments.joined(*[row.mins[1]] * 4) for row in (low, high)]
+            mins = fragments.add_scaled(dots, *factors, mins, 0, True)
+        return token, totals, mins
+
+    _, totals, mins = lax.fori_loop(0, own.steps, step, (ahead.begin(), zero, zero))
+    total = fragments.sum_over_warps(fragments.sum_over_t(totals) + mins, own.warps)
+    leave(refs[-len(outputs) :], None, None, total, matrix.first, jnp.int32(0), own, which)
+
+
+# --- the product by more ---------------------------------------------------------------------------------------------
 
 
 class Columns:
@@ -221,9 +313,9 @@ def _kernel(*refs, own: Plan, format: str, names: tuple[str, ...]) -> None:
 
         return token, _add_step(totals, zero, rows, read, reader, columns.live == 1)
 
-    _, totals = lax.fori_loop(0, own.steps, step, (ahead.begin(), (zero,) * tiles))
-    for tile, total in enumerate(totals):
-        total = fragments.sum_over_warps(total, own.warps)
+    _, totals = lax.fori_loop(0, own.steps, step, (ahead.begin(), (((zero,) * 4, zero),) * tiles))
+    for tile, ((first, second, third, fourth), mins) in enumerate(totals):
+        total = fragments.sum_over_warps(first + second + (third + fourth) + mins, own.warps)
         leave([y_ref], None, None, total, first_row, first_tile + tile, own, jnp.int32(0))
 
 
@@ -237,15 +329,16 @@ def _read(place: Place) -> jax.Array:
 
 
 def _add_step(totals: tuple, zero, rows: list[Codes], read: Callable, reader: Reader, one: bool) -> tuple:
-    """totals, of tiles of x, and the products of four units of w, in rows g and g + 8; read: tile, key -> (P, 4)."""
-    totals, per = list(totals), reader.sub_block // 16
+    """totals, of tiles of x, and the products of four units of w, in rows g and g + 8; read: tile, key -> (P, 4). Of a
+    tile there are the totals of each unit, and then those of mins: in the order of `_row_kernel`."""
+    totals, per = [[list(units), mins] for units, mins in totals], reader.sub_block // 16
     words_of_rows = [[word.astype(jnp.int32) for word in row.lowered()] for row in rows]
     if reader.mins:
         (low, factor_low), (high, factor_high) = (row.mins for row in rows)
         a = fragments_int8.mins(low, high, lax.broadcasted_iota(jnp.int32, zero.shape, 0) % 4)
-        for tile, total in enumerate(totals):
+        for tile, own in enumerate(totals):
             offsets = fragments_int8.mma_mins(zero, a, read(tile, "mins", 0, 0))
-            totals[tile] = fragments.add_scaled(offsets, factor_low, factor_high, total, 0, one)
+            own[1] = fragments.add_scaled(offsets, factor_low, factor_high, own[1], 0, one)
 
     def both(tile: int, name: str, j: int) -> tuple[jax.Array, jax.Array]:
         return read(tile, name, 0, j), read(tile, name, 1, j)
@@ -257,13 +350,13 @@ def _add_step(totals: tuple, zero, rows: list[Codes], read: Callable, reader: Re
             size = (block % 4) * (2 if reader.unit == 16 else 1)  # two sizes take the places of four
             a = tuple(words[sub * per + i] for i in range(per) for words in words_of_rows)
             items = place % 4, unit, size
-            for tile, total in enumerate(totals):
+            for tile, (units, _) in enumerate(totals):
                 sums = fragments_int8.mma_int8(a, read(tile, "steps", 0, block // 2), unit, place * per % 4)
                 levels = None if reader.offsets or reader.mins else both(tile, "sums", place // 4)
                 sizes = both(tile, "sizes", block // 4)
-                totals[tile] = fragments_int8.add_exact(sums, levels, scales, sizes, total, items, one)
+                units[unit] = fragments_int8.add_exact(sums, levels, scales, sizes, units[unit], items, one)
                 if reader.offsets:
                     offsets = rows[0].offsets[sub], rows[1].offsets[sub]
                     own = fragments.by_column(*both(tile, "sums", place // 4), place % 4)
-                    totals[tile] = fragments.add_scaled(own, *offsets, totals[tile], unit, one)
-    return tuple(totals)
+                    units[unit] = fragments.add_scaled(own, *offsets, units[unit], unit, one)
+    return tuple((tuple(units), mins) for units, mins in totals)

@@ -25,7 +25,7 @@ from realm_jax.kernels.ahead import Ahead, matrix_of, place_of_pairs, places_of_
 from realm_jax.kernels.lanes import coordinates, halves_of
 from realm_jax.kernels.mins import add_mins, add_wholes
 from realm_jax.kernels.operand import Prepared, operand_of
-from realm_jax.kernels.plan import Plan, clipped, cut, grid_of, ring_bytes
+from realm_jax.kernels.plan import Plan, clipped, cut, grid_of, ring_bytes, together
 from realm_jax.kernels.results import backs_of, leave, shapes
 from realm_jax.kernels.ring import Place, read_few
 from realm_jax.kernels.tiles import Tiles, find
@@ -59,22 +59,7 @@ def matmul(x: jax.Array | Prepared, w: QuantizedTensor, tiles: Tiles | None = No
 def matmul_each(x: jax.Array | Prepared, weights: Sequence[QuantizedTensor]) -> list[jax.Array]:
     """`matmul` of x by each of the weights: one launch for those next to each other that can share it."""
     plans = [cut(math.prod(x.shape[:-1]), x.dtype, w) for w in weights]
-    results, together = [], [0]
-    for i in range(1, len(weights) + 1):
-        if i < len(weights) and _shared(weights[i - 1], plans[i - 1]) == _shared(weights[i], plans[i]) is not None:
-            together.append(i)
-        else:
-            results += _launch(x, [weights[j] for j in together], plans[together[0]])
-            together = [i]
-    return results
-
-
-def _shared(w: QuantizedTensor, own: Plan) -> tuple | None:
-    """What two weights have in common that one launch serves; None: all that a step reads of w must be copied ahead."""
-    reader = codes.READERS[w.format]
-    if pallas.interpreting() or not reader.copied or reader.units(own.width) % 4:
-        return None
-    return w.format, own._replace(outputs=0)
+    return [y for own in together(weights, plans) for y in _launch(x, [weights[i] for i in own], plans[own[0]])]
 
 
 def _launch(x: jax.Array | Prepared, weights: list[QuantizedTensor], own: Plan) -> list[jax.Array]:
