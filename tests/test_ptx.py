@@ -281,6 +281,9 @@ def test_arithmetic():
     assert one("cvt.rzi.s32.f32", np.array([-1.7, np.nan], np.float32)) == [-1, 0]
     assert operation("cvt.rn.f16x2.f32").compute(*np.float32([[1, 2], [3, 4]])).tolist() == [[3, 1], [4, 2]]
     assert operation("fma.rn.f16x2").compute(halves, halves, halves).tolist()[0] == [3.75, 2.0]
+    subnormal, factors = np.array([[31, 15 << 4], [1, 0]], np.uint16), np.array([[63, 63 / 16], [1, 63]], np.float16)
+    product = operation("mul.rn.f16x2").compute(subnormal.view(np.float16), factors)
+    assert product.view(np.uint16).tolist() == [[31 * 63, 15 * 63], [1, 0]]
 
 
 def test_without_a_plugin_one_line_says_what_to_install(monkeypatch, tmp_path):

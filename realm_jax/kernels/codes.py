@@ -107,29 +107,37 @@ def read_q3_k(lane: Lane) -> Codes:
     return Codes(codes, [d * (byte(words[i // 4], i % 4) - 32) for i in range(8)])
 
 
-def with_scales_and_mins(lane: Lane, words: list[jax.Array], **options) -> Codes:
-    """Codes of five bits at most: times a scale of six they are below 2048."""
+def with_scales_and_mins(lane: Lane, words: list[jax.Array], mask: int, raised: int = 0) -> Codes:
+    """Codes of five bits at most: times a scale of six they are below 2048. raised: of sub-block 1."""
     d, dmin = halves(lane)
     both = lane.read("scales")
-    factors = [both & np.uint32(0xFF), both >> np.uint32(8) & np.uint32(0xFF)]
-    return Codes(words, times_bytes(d, [both], range(2)), mins=(both, -dmin), whole=d, factors=factors, **options)
-
-
-def nibbles_of_64(lane: Lane) -> list[jax.Array]:
-    words = [lane.read("qs", lane.t, further=4 * k) for k in range(2)]
-    return [low(word) for word in words] + [high(word) for word in words]
+    return Codes(
+        words,
+        times_bytes(d, [both], range(2)),
+        mins=(both, -dmin),
+        raised=(0, 0, raised, raised),
+        mask=mask,
+        whole=d,
+        factors=fragments.factors(both, (0, raised), lane.t),
+    )
 
 
 def read_q4_k(lane: Lane) -> Codes:
     words = [lane.read("qs", lane.t, further=4 * k) for k in range(2)]
-    return with_scales_and_mins(lane, 2 * words, raised=(0, 0, 4, 4), mask=15)
+    return with_scales_and_mins(lane, 2 * words, mask=0x0F, raised=4)
 
 
 def read_q5_k(lane: Lane) -> Codes:
+    """Fifth bits of sub-block 0 are moved to bit 4 of their bytes; those of sub-block 1 are above them."""
     first = lane.place(4) * np.uint32(2)
-    bits = [lane.read("qh", lane.t, further=4 * k) >> first for k in range(2)]
-    fifth = [(word >> np.uint32(part) & BITS) << np.uint32(4) for part in range(2) for word in bits]
-    return with_scales_and_mins(lane, [code | bit for code, bit in zip(nibbles_of_64(lane), fifth, strict=True)])
+    words, bits = ([lane.read(name, lane.t, further=4 * k) for k in range(2)] for name in ("qs", "qh"))
+    fifth = [jnp.where(first > 4, bit >> first - np.uint32(4), bit << np.uint32(4) - first) for bit in bits]
+    codes = [
+        fragments.merge(NIBBLES << np.uint32(up), word >> np.uint32(down), bit)
+        for up, down in ((0, 0), (1, 3))
+        for word, bit in zip(words, fifth, strict=True)
+    ]
+    return with_scales_and_mins(lane, codes, mask=0x1F, raised=1)
 
 
 def read_q6_k(lane: Lane) -> Codes:

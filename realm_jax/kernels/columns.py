@@ -140,11 +140,11 @@ class Stage(NamedTuple):
         own = slice(sub * count, (sub + 1) * count)
         words = list(zip(rows[0].words[own], rows[1].words[own], strict=True))
         raised = (either.raised or (0,) * len(either.words))[own]
-        factors = (rows[0].factors[sub], rows[1].factors[sub]) if reader.factors else None
+        factors = (rows[0].factors, rows[1].factors) if reader.factors else None
         scales = None if reader.factors else (rows[0].scales[sub], rows[1].scales[sub])
         block, half = divmod(sixteen, 2)
         offset = 2 * fragments.MATRIX_BYTES * sixteen if self.of.grouped else 16 * 32 * block + 8 * half
-        return SubBlock(words, raised, either.mask, factors, scales, unit, offset)
+        return SubBlock(words, raised, either.mask, factors, scales, unit, sub, offset)
 
     def _add_interpreted(
         self, totals: Sequence[Fragment], rows: Sequence[Codes], reader: Reader, unit: int, sub: int, sixteen: int

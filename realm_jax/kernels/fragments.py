@@ -112,7 +112,7 @@ TOGETHER = 4  # tiles whose instructions alternate, so that none waits for the o
 
 
 class SubBlock(NamedTuple):
-    """A sub-block of a unit in rows g and g + 8. Item `unit` of all arrays counts.
+    """Sub-block `sub` of a unit in rows g and g + 8. Item `unit` of all arrays counts.
 
     words: for one or two 16 of weights, of either row. raised, mask, factors: see `lanes.Codes`; factors of either row,
     or None. scales: of either row; None: products are added as they are. offset: bytes to its first 16 inputs of the
@@ -125,6 +125,7 @@ class SubBlock(NamedTuple):
     factors: tuple[Fragment, Fragment] | None
     scales: tuple[Fragment, Fragment] | None
     unit: int
+    sub: int
     offset: int
 
 
@@ -226,7 +227,7 @@ class _Operands:
             names = [self.name(word, block.unit) for word in words]
             if block.factors:
                 factors = [self.name(factor, block.unit) for factor in block.factors]
-                text += _multiplied(i, names, raised, block.mask, factors)
+                text += _multiplied(i, names, raised, block.mask, factors, block.sub)
             else:
                 text += _unpacked(i, names, zero, raised)
         return text
@@ -250,7 +251,7 @@ class _Operands:
         return [found] if len(self.totals) == 1 else found
 
 
-UNPACKING = "t, f, z"  # registers of `_unpacked`
+UNPACKING = "t, f, z"  # registers of `_unpacked` and `_multiplied`
 
 
 def _names(count: int) -> str:
@@ -272,13 +273,13 @@ def _unpacked(number: int, words: Sequence[str], zero: int, raised: int) -> str:
     return text
 
 
-def _multiplied(number: int, words: Sequence[str], raised: int, mask: int, factors: Sequence[str]) -> str:
+def _multiplied(number: int, words: Sequence[str], raised: int, mask: int, factors: Sequence[str], sub: int) -> str:
     """The same, times a factor of either row: see `lanes.halves_of`."""
-    text = ""
+    text, mask = "", 0x00010001 * (mask << raised)
     for row, (word, factor) in enumerate(zip(words, factors, strict=True)):
-        for half, name in enumerate((f"a{4 * number + row}", f"a{4 * number + 2 + row}")):
-            text += f"shr.u32 t, {word}, {raised + 8 * half}; and.b32 t, t, {0x00010001 * mask}; "
-            text += f"mul.lo.u32 {name}, t, {factor};\n"
+        low, high = f"a{4 * number + row}", f"a{4 * number + 2 + row}"
+        text += f"and.b32 {low}, {word}, {mask}; shr.u32 t, {word}, 8; and.b32 {high}, t, {mask};\n"
+        text += "".join(_times_factor(half, half, factor, sub) for half in (low, high))
     return text
 
 
@@ -318,6 +319,34 @@ def _subtracted(to: str, pairs: str, raised: int) -> str:
     return f"fma.rn.f16x2 {to}, {pairs}, f, z;" if raised else f"add.rn.f16x2 {to}, {pairs}, z;"
 
 
+def factors(words: jax.Array, raised: tuple[int, int], t: jax.Array) -> jax.Array:
+    """Bytes 0 and 1 of each uint32 as two float16, each divided by 2 to the power of its `raised`; uint32."""
+    if pallas.interpreting():
+        found = [(words >> np.uint32(8 * i) & np.uint32(0xFF)).astype(jnp.float32) / 2 ** raised[i] for i in range(2)]
+        return lax.bitcast_convert_type(jnp.stack(found, -1).astype(jnp.float16), jnp.uint32)
+    low, high = (0x64 - 4 * up for up in raised)  # with a byte below, the bits of 1024 + byte, divided
+    text = f"""{{ .reg .b32 z; mov.b32 z, {low << 8 | high << 24 | 0x80008000};
+        prmt.b32 $0, $1, {low | high << 8}, $2; add.rn.f16x2 $0, $0, z; }}"""
+    choice = t << 16 | 0x5140  # prmt takes the low half; t is there so that ptxas does not move a constant for each
+    return asm(text, ["=r", "r", "r"], jnp.int32, words.astype(jnp.int32), choice, pack=1).astype(jnp.uint32)
+
+
+def times_factor(pairs: jax.Array, factors: jax.Array, sub: int) -> jax.Array:
+    """int32 that are two float16, subnormal ones, times float16 number `sub` of `factors`; exact for codes."""
+    if pallas.interpreting():  # as whole numbers times 2^-24: XLA takes subnormal numbers for zeros
+        codes = lax.bitcast_convert_type(pairs, jnp.uint16).astype(jnp.float32)
+        factor = lax.bitcast_convert_type(factors, jnp.float16)[..., sub, None].astype(jnp.float32)
+        return lax.bitcast_convert_type((codes * factor).astype(jnp.uint16), jnp.int32)
+    text = f"{{ .reg .b32 f; {_times_factor('$0', '$1', '$2', sub)} }}"
+    return asm(text, ["=r", "r", "r"], jnp.int32, pairs, factors.astype(jnp.int32), pack=1)
+
+
+def _times_factor(to: str, pairs: str, factors: str, sub: int) -> str:
+    """ptxas has the moves in the product, which can take either half of an operand for both."""
+    own = f"{{ .reg .b16 f<2>; mov.b32 {{f0, f1}}, {factors}; mov.b32 f, {{f{sub}, f{sub}}}; }}"
+    return f"{own} mul.rn.f16x2 {to}, {pairs}, f;\n"
+
+
 def byte_after_two_to_23(word: jax.Array, which: int) -> jax.Array:
     """2^23 + a byte of each uint32, float32."""
     if pallas.interpreting():
@@ -325,6 +354,15 @@ def byte_after_two_to_23(word: jax.Array, which: int) -> jax.Array:
         return lax.bitcast_convert_type(bits, jnp.float32)
     text = f"prmt.b32 $0, $1, 0x4B000000, {0x7440 | which};"
     return asm(text, ["=f", "r"], jnp.float32, word.astype(jnp.int32), pack=1)
+
+
+def merge(mask: np.uint32, ones: jax.Array, zeros: jax.Array) -> jax.Array:
+    """Bits of `ones` where the mask has ones, of `zeros` elsewhere; uint32."""
+    if pallas.interpreting():
+        return ones & mask | zeros & ~mask
+    text = f"lop3.b32 $0, $1, $2, {mask}, 0xE4;"  # LLVM and ptxas would take two instructions
+    operands = ones.astype(jnp.int32), zeros.astype(jnp.int32)
+    return asm(text, ["=r", "r", "r"], jnp.int32, *operands, pack=1).astype(jnp.uint32)
 
 
 def sum_over_warps(sums: Fragment, warps: int) -> Fragment:

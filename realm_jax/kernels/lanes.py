@@ -30,7 +30,8 @@ class Codes(NamedTuple):
     whole numbers times one of the four units, instead of them: bytes 2 and 3 of a word, for the two sub-blocks of a
     unit, and what they are multiplied by. raised: how far up their bytes the words hold their codes, in bits. mask: the
     bits that a code has; other bits of its byte may be anything. whole, factors: where scales are whole numbers times
-    one number of the four units, that number, and they, as uint32, one for each sub-block.
+    one number of the four units, that number, and they: as uint32, see `fragments.factors`, for the two sub-blocks of a
+    unit, divided by 2^raised.
     """
 
     words: list[jax.Array]
@@ -40,7 +41,7 @@ class Codes(NamedTuple):
     raised: tuple[int, ...] = ()
     mask: int = 0xFF
     whole: jax.Array | None = None
-    factors: list[jax.Array] | None = None
+    factors: jax.Array | None = None
 
     def lowered(self) -> list[jax.Array]:
         """The words, where none is raised, with nothing but codes."""
@@ -154,13 +155,14 @@ class Reader(NamedTuple):
 def halves_of(row: Codes, zero: int) -> list[tuple[jax.Array, jax.Array]]:
     """Of each of the words, bytes 0 and 2, and 1 and 3, as pairs of float16, code * 2^-24; int32. zero: see `Codes`.
 
-    With factors, code * factor * 2^-24: whole numbers below 2048, whose bits are those of such a float16, too.
+    With factors, code * factor * 2^-24: exact, as code * factor is below 2048.
     """
     found = []
     for i, (word, raised) in enumerate(zip(row.words, row.raised or repeat(0), strict=False)):
-        if row.factors:
-            factor, mask = row.factors[i * len(row.factors) // len(row.words)], np.uint32(0x00010001 * row.mask)
-            low, high = (((word >> np.uint32(raised + up) & mask) * factor).astype(jnp.int32) for up in (0, 8))
+        if row.factors is not None:
+            mask, sub = np.uint32(0x00010001 * (row.mask << raised)), 2 * i // len(row.words)
+            pairs = ((word >> np.uint32(up) & mask).astype(jnp.int32) for up in (0, 8))
+            low, high = (fragments.times_factor(pair, row.factors, sub) for pair in pairs)
         else:
             low, high = ((half & EVEN).astype(jnp.int32) for half in (word, word >> np.uint32(8)))
         if zero:
