@@ -21,7 +21,7 @@ from realm_jax.errors import RealmError
 
 def step(
     shape: str = "toy", layers: int = 0, mix: str = "Q4_K_M", model: str = "", batch: int = 1, context: int = 512,
-    cache: str = "bfloat16", activations: str = "float32",
+    cache: str = "bfloat16", activations: str = "float32", arithmetic: str = "float",
 ) -> tuple:  # fmt: skip
     """The loop of plain decoding. model: a GGUF file in place of a shape of `random_model` with a mix of formats."""
     import jax
@@ -33,6 +33,7 @@ def step(
     from realm_jax.speed import ready_state
 
     found = load(model) if model else model_specs(shape_config(shape, layers), mix)
+    found = found.with_arithmetic(arithmetic)
     state = jax.eval_shape(lambda: ready_state(found, batch, context, 64, cache_dtype=cache, dtype=activations))
 
     def loop(params: Any, state: Any, steps: Any) -> Any:
@@ -53,11 +54,11 @@ def matmul(
 ) -> tuple:
     """The product of x (rows, inputs) of type `activations` and packed weights (outputs, inputs), in an arithmetic."""
     import jax
-    import jax.numpy as jnp
 
     from random_model import weight_spec
     from realm_jax.kernels.matmul import choose_impl, matmul
-    from realm_jax.kernels.plan import cut, plan
+    from realm_jax.kernels.plan import cut
+    from realm_jax.kernels.triton_int8 import plan_of
 
     weight = weight_spec(format, (outputs, inputs)).replace(arithmetic=arithmetic)
     packed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight))
@@ -66,8 +67,9 @@ def matmul(
     with mock.patch.object(jax, "default_backend", lambda: "gpu"):
         chosen = choose_impl(x.shape, weight) if impl == "auto" else impl
     if chosen in ("triton", "triton_int8"):
-        own = (lambda: cut(rows, x.dtype, weight)) if chosen == "triton" else (lambda: plan(rows, jnp.bfloat16, weight))
-        facts["trips"] = lambda: own().trips  # which the target decides
+        facts["trips"] = lambda: (
+            (cut(rows, x.dtype, weight) if chosen == "triton" else plan_of(x.shape, weight)).trips
+        )  # which the target decides
     return lambda x, w: matmul(x, w, impl=impl), (x, weight), facts
 
 

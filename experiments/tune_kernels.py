@@ -5,6 +5,7 @@
 For each format and class of shape every candidate (warps x stages) is timed at the first number of rows, and the best
 few, with each number of warps across, at all of them; the one whose weighted times are the least is taken. That one is
 compared with dequantizing first at growing numbers of rows: `most_rows` is the last up to which it is never slower.
+In int8 arithmetic, which has no other way for many rows and none across, warps and stages are all.
 After each format the file is merged into and written anew, so a run can be stopped and resumed, or do a few formats at
 a time. results.md has all times, as `product_times` measures them.
 """
@@ -27,7 +28,7 @@ from product_times import Loop, Product, compile_loop, random_rows, random_weigh
 from realm_jax.errors import RealmError
 from realm_jax.experiment import Run, experiment_command, read_json
 from realm_jax.experiment.report import describe_run, markdown_table
-from realm_jax.kernels import dense, pallas, tiles, triton_matmul
+from realm_jax.kernels import dense, pallas, tiles, triton_int8, triton_matmul
 from realm_jax.kernels.tiles import Tiles
 from realm_jax.quant import FORMATS, QuantizedTensor
 
@@ -42,6 +43,7 @@ class TuneKernelsConfig:
     """See configs/tune_kernels.toml for what each key is."""
 
     formats: tuple[str, ...] = ("Q4_K",)
+    arithmetic: Literal["float", "int8"] = "float"
     shapes: tuple[tuple[int, int], ...] = ((4096, 4096),)
     warps: tuple[int, ...] = (4, 8)
     stages: tuple[int, ...] = (3,)
@@ -92,7 +94,7 @@ def main(config: TuneKernelsConfig, run: Run) -> None:
     done = {name for name in chosen if chosen.count(name) == len(config.shapes)}
     run.keep_metrics(lambda line: line["format"] in done)
     for name in config.formats:
-        if name not in done:
+        if tiles.entry_name(name, config.arithmetic) not in done:
             began = time.perf_counter()
             for line in tune(config, name):
                 run.log(**line, device=jax.devices()[0].device_kind)
@@ -114,21 +116,27 @@ def tune(config: TuneKernelsConfig, name: str) -> list[Line]:
     with ThreadPoolExecutor() as pool:
         make = functools.partial(random_weights, name, gigabytes=config.gigabytes)
         weights = dict(zip(config.shapes, pool.map(make, config.shapes), strict=True))
-    candidates = [Tiles(*pair, MOST, config.across[0]) for pair in itertools.product(config.warps, config.stages)]
+        weights = {shape: [w.replace(arithmetic=config.arithmetic) for w in own] for shape, own in weights.items()}
+    int8 = config.arithmetic == "int8"
+    across, most = ((0,), LEAST) if int8 else (config.across, MOST)
+    candidates = [Tiles(*pair, most, across[0]) for pair in itertools.product(config.warps, config.stages)]
     pairs = [(shape, tiles_) for shape in config.shapes for tiles_ in candidates]
     first = time_cases(config, [Case(fused(t), config.rows[0], weights[shape]) for shape, t in pairs])
     times = {(*pair, config.rows[0]): us for pair, us in zip(pairs, first, strict=True)}
     quickest = {shape: finalists(config, times, shape, name) for shape in config.shapes}
-    finals = {shape: [t._replace(across=n) for t in quickest[shape] for n in config.across] for shape in config.shapes}
+    finals = {shape: [t._replace(across=n) for t in quickest[shape] for n in across] for shape in config.shapes}
     more = [(shape, t, rows) for shape in config.shapes for t in finals[shape] for rows in config.rows]
     others = time_cases(config, [Case(fused(t), rows, weights[shape]) for shape, t, rows in more])
     times |= dict(zip(more, others, strict=True))
     best = {shape: cheapest(config, times, shape, finals[shape]) for shape in config.shapes}
+    entry = tiles.entry_name(name, config.arithmetic)
     lines = [
-        {"kind": "candidate", **about(name, shape), "rows": rows, **sizes(t), "us": us,
+        {"kind": "candidate", **about(entry, shape), "rows": rows, **sizes(t), "us": us,
          "bytes_per_second": weights[shape][0].nbytes / us * 1e6}
         for (shape, t, rows), us in times.items() if us < NEVER
     ]  # fmt: skip
+    if int8:
+        return lines + [{"kind": "choice", **about(entry, shape), **best[shape]._asdict()} for shape in config.shapes]
     return lines + [line for shape in config.shapes for line in compare(config, name, shape, best[shape], weights)]
 
 
@@ -169,7 +177,11 @@ def time_cases(config: TuneKernelsConfig, cases: Sequence[Case]) -> list[float]:
 
 def fused(sizes: Tiles) -> Product:
     """The product by the kernel with these tile sizes."""
-    return functools.partial(triton_matmul.matmul, tiles=sizes)
+    return functools.partial(product, tiles=sizes)
+
+
+def product(x: jax.Array, w: QuantizedTensor, tiles: Tiles) -> jax.Array:
+    return (triton_matmul if w.arithmetic == "float" else triton_int8).matmul(x, w, tiles)
 
 
 def finalists(config: TuneKernelsConfig, times: dict, shape: tuple[int, int], name: str) -> list[Tiles]:

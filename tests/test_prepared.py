@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_quant_formats import random_weights
 
-from realm_jax.kernels import matmul, operand, pallas, triton_gate, triton_norm
+from realm_jax.kernels import int8_row, matmul, operand, pallas, triton_gate, triton_norm
 from realm_jax.kernels.matmul import wanted_form
 from realm_jax.kernels.operand import Form, Prepared, operand_of, plain
 from realm_jax.model import Config, Rope, init_params, layers
@@ -75,6 +75,24 @@ def test_the_parts_of_a_row_have_the_bits_of_a_whole(monkeypatch, dtype, sums):
     monkeypatch.setattr(operand, "choose_part", lambda form: 4096)
     jax.clear_caches()
     same(parts, found())
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_records_of_a_row_are_those_of_a_launch_of_their_own():
+    x, more = rows_of("bfloat16", 1, 1, WIDE)
+    names = ("Q4_K", "Q6_K", "Q4_1", "NVFP4", "TQ1_0")
+    weights = [random_weights(name, 5, WIDE).replace(arithmetic="int8") for name in names]
+    form = wanted_form(x, [*weights, weights[0]])
+    assert len(form.kinds) == len(names) and wanted_form(jnp.zeros((2, WIDE)), weights) is None
+    _, normed, found = triton_norm.add_norm(x, more, jnp.linspace(0.5, 2, WIDE), eps=EPS, form=form)
+    record = jax.jit(int8_row.record_for, static_argnums=1)
+    same(found, [record(normed, kind) for kind in form.kinds])
+    product, found = triton_gate.gated(x, more, form=form)
+    same(found, [record(product, kind) for kind in form.kinds])
+    prepared = Prepared(product, found, form)
+    others = [*weights[:2], random_weights("Q8_0", 5, WIDE).replace(arithmetic="int8")]
+    assert [launches("prepare_int8", lambda w=w: matmul(prepared, w)) for w in others] == [0, 0, 1]
+    same(jax.jit(matmul)(prepared, weights[0]), matmul(product, weights[0]))
 
 
 def test_a_row_is_cut_while_there_are_multiprocessors():

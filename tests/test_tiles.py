@@ -179,6 +179,17 @@ def test_it_runs_in_small(tmp_path):
     assert text.count("| Q8_0 | 16 | 64 |") == 3  # the choice, the candidate, the comparison
 
 
+def test_int8_arithmetic_has_entries_of_its_own(tmp_path, own_file, monkeypatch):
+    small = ['formats=["Q8_0"]', "arithmetic=int8", "shapes=[[16, 64]]", "warps=[2]", "stages=[3]", "rows=[1]"]
+    run(tmp_path, *small, "weights=[1.0]", "finalists=1", "gigabytes=0.0", "rounds=2", "repeats=1")
+    table = tiles.read(tmp_path / "run" / "tiles.json")
+    assert list(table.values()) == [{"Q8_0 int8": {SMALL: Tiles(2, 3, 64, 0)}}]
+    own_file(tiles.to_text(table))
+    on(monkeypatch, *table)
+    assert tiles.find("Q8_0", 16, 64, "int8") == Tiles(2, 3, 64, 0) != tiles.find("Q8_0", 16, 64)
+    assert tiles.find("Q4_0", 16, 64, "int8") == tiles.INT8_RULE
+
+
 def _searched(own: Tiles) -> tuple:
     return own.warps, own.stages, own.across
 

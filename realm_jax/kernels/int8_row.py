@@ -5,20 +5,23 @@ is number q of unit u. So their sums come out apart, and each of the lanes 4 g +
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from realm_jax.kernels import fragments_int8, pallas
-from realm_jax.kernels.lanes import Reader, coordinates
+from realm_jax.kernels import codes, fragments_int8, operand, pallas
+from realm_jax.kernels.lanes import coordinates
+from realm_jax.kernels.operand import Prepared, plain
 from realm_jax.kernels.plan import Plan
 from realm_jax.kernels.reference import INT8_BLOCK
 from realm_jax.kernels.ring import Place, Slots
+from realm_jax.quant.tensor import QuantizedTensor
 
 LINE = 128  # words that a warp copies at once
-PREPARED = 4  # blocks of 32 inputs that a program rounds
+PREPARED = 128  # inputs of a program that does nothing but make them or read them, and round them
 
 
 class Record(NamedTuple):
@@ -125,55 +128,88 @@ class Record(NamedTuple):
             return self.sizes_at + (sub // self.subs * 4 + unit) * self.subs + sub % self.subs
         return self.sizes_at + (sub // 2 * 4 + unit if self.subs == 2 else unit // 2)
 
+    def write(self, steps: jax.Array, size: jax.Array, start: jax.Array, ref) -> None:
+        """Some blocks of 32 inputs from number `start` on: whole steps (blocks, 2, 4, 4) int32, and their sizes."""
+        blocks = size.size
 
-def record_of(reader: Reader, own: Plan) -> Record:
+        def places(*shape: int) -> tuple[jax.Array, ...]:
+            """Of what is of blocks, halves of them, and more: group, unit, sub-block of it, and half of that."""
+            block, half = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(2))
+            sixteen, per = 2 * (start + block) + half, self.unit // 16
+            unit, inner = sixteen // per, sixteen % per
+            return unit // 4, unit % 4, inner // self.halves, inner % self.halves
+
+        t, i = (lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1) for shape in ((blocks, 2, 4), steps.shape))
+        group, unit, sub, half = places(blocks, 2, 4)
+        word = jnp.sum((steps & 255) << 8 * i, 3)
+        pallas.store(ref.at[group, self.word(unit, sub, t, half)], word, mask=group < self.groups)
+
+        group, unit, sub, _ = places(blocks, 2)
+        sizes = jnp.broadcast_to(size[:, None], group.shape)
+        pallas.store(ref.at[group, self.size(unit, sub)], _bits(sizes), mask=group < self.groups)
+        totals = jnp.sum(jnp.sum(steps, 3), 2).astype(jnp.float32)
+        whole = jnp.sum(totals, 1)  # of each block
+        if self.has_sums:
+            totals = jnp.broadcast_to(whole[:, None], totals.shape) if self.halves == 2 else totals
+            sums = sizes * totals if self.offsets else fragments_int8.EXACT + self.zero * totals
+            pallas.store(ref.at[group, self.sum(unit, sub)], _bits(sums), mask=group < self.groups)
+        if self.mins:
+            pair = start // 2 + lax.iota(jnp.int32, blocks // 2)
+            for piece, words in enumerate(fragments_int8.pieces_of_pairs((size * whole).reshape(blocks // 2, 2))):
+                at = ref.at[pair // 4, self.mins_at + 4 * (pair % 4) + piece]
+                pallas.store(at, words, mask=pair // 4 < self.groups)
+
+
+def record_of(w: QuantizedTensor, own: Plan) -> Record:
+    """What a product by w takes."""
+    reader = codes.READERS[w.format]
     return Record(reader.unit, reader.sub_block, reader.zero, reader.offsets, reader.mins, own.steps * own.turns)
+
+
+class Records(NamedTuple):
+    """A form in which kernels that make x write it: its records of these kinds, each (groups, words) int32."""
+
+    kinds: tuple[Record, ...]
+
+    @property
+    def programs(self) -> int:
+        return 1
+
+    @property
+    def inputs(self) -> int:
+        return max(4 * kind.unit * kind.groups for kind in self.kinds)
+
+    def shapes(self) -> tuple[pallas.Shape, ...]:
+        """See `operand.Form`, here and below."""
+        return tuple(pallas.Shape((kind.groups, kind.words), jnp.int32) for kind in self.kinds)
+
+    def made(self, arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+        return tuple(arrays)
+
+    def write(self, x: jax.Array, largest: Callable[[], jax.Array], refs: Sequence, rows: int) -> None:
+        """The part of a program."""
+        blocks = x.size // INT8_BLOCK
+        steps, size = fragments_int8.steps_of(x.astype(jnp.float32).reshape(blocks, 2, 4, 4))
+        for kind, ref in zip(self.kinds, refs, strict=True):
+            kind.write(steps, size, pallas.program_id(1) * blocks, ref)
 
 
 # --- rounding --------------------------------------------------------------------------------------------------------
 
 
-def prepare(x_K: jax.Array, form: Record) -> jax.Array:
-    """x (K,), any floating point, rounded: (groups, words) int32. Zeros beyond the last input."""
-    shape, blocks = pallas.Shape((form.groups, form.words), jnp.int32), form.groups * 4 * form.unit // INT8_BLOCK
-    body, grid = functools.partial(_prepare, form=form), (-(-blocks // PREPARED),)
-    return pallas.call(body, [x_K], shape, grid=grid, num_warps=1, num_stages=1, name="prepare_int8")
+def record_for(x: jax.Array | Prepared, kind: Record) -> jax.Array:
+    """The record of x (..., K), which is one row of any floating point: what comes with it, or made in a launch."""
+    if isinstance(x, Prepared) and isinstance(x.form, Records) and kind in x.form.kinds:
+        return x.operand[x.form.kinds.index(kind)]
+    form = Records((kind,))
+    body, grid = functools.partial(_prepare, form=form), operand.grid(form, PREPARED)
+    options = {"grid": grid, "num_warps": 1, "num_stages": 1, "name": "prepare_int8"}
+    return pallas.call(body, [plain(x).reshape(1, -1)], form.shapes(), **options)[0]
 
 
-def _prepare(x_ref, record_ref, *, form: Record) -> None:
-    """PREPARED blocks, as (block, half, lane, byte)."""
-    first = pallas.program_id(0) * PREPARED
-    block, half, t, i = (lax.broadcasted_iota(jnp.int32, (PREPARED, 2, 4, 4), axis) for axis in range(4))
-    k = INT8_BLOCK * (first + block) + 16 * half + 4 * t + i
-    x = pallas.load(x_ref.at[k], mask=k < x_ref.shape[0], other=0.0).astype(jnp.float32)
-    steps, size = fragments_int8.steps_of(x)
-
-    def place(sixteen: jax.Array) -> tuple[jax.Array, ...]:
-        """Group, unit, sub-block of the unit and half of it, of every 16 inputs."""
-        unit, inner = sixteen // (form.unit // 16), sixteen % (form.unit // 16)
-        return unit // 4, unit % 4, inner // form.halves, inner % form.halves
-
-    def places(shape: tuple[int, ...]) -> tuple[jax.Array, ...]:
-        block, half, *rest = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(len(shape)))
-        return *place(2 * (first + block) + half), half, *rest
-
-    group, unit, sub, half, _, t = places((PREPARED, 2, 4))
-    word = form.word(unit, sub, t, half)
-    pallas.store(record_ref.at[group, word], jnp.sum((steps & 255) << 8 * i, 3), mask=group < form.groups)
-
-    group, unit, sub, half, which = places((PREPARED, 2))
-    sizes = jnp.broadcast_to(size[:, None], which.shape)
-    pallas.store(record_ref.at[group, form.size(unit, sub)], _bits(sizes), mask=group < form.groups)
-    totals = jnp.sum(jnp.sum(steps, 3), 2).astype(jnp.float32)
-    whole = jnp.sum(totals, 1)  # of each block
-    if form.has_sums:
-        totals = jnp.broadcast_to(whole[:, None], totals.shape) if form.halves == 2 else totals
-        sums = sizes * totals if form.offsets else fragments_int8.EXACT + form.zero * totals
-        pallas.store(record_ref.at[group, form.sum(unit, sub)], _bits(sums), mask=group < form.groups)
-    if form.mins:
-        pair = first // 2 + lax.iota(jnp.int32, PREPARED // 2)
-        for i, piece in enumerate(fragments_int8.pieces_of_pairs((size * whole).reshape(PREPARED // 2, 2))):
-            pallas.store(record_ref.at[pair // 4, form.mins_at + 4 * (pair % 4) + i], piece)
+def _prepare(x_ref, *refs, form: Records) -> None:
+    columns = operand.own_columns(form, PREPARED, x_ref.shape[1])
+    form.write(columns.load(x_ref, jnp.int32(0)), None, refs, 1)
 
 
 def _bits(x: jax.Array) -> jax.Array:

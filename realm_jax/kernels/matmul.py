@@ -19,6 +19,7 @@ from jax.custom_batching import custom_vmap
 
 from realm_jax.errors import RealmError
 from realm_jax.kernels import dense, reference, triton_int8, triton_matmul
+from realm_jax.kernels.int8_row import Records
 from realm_jax.kernels.operand import Form, Prepared, plain
 from realm_jax.kernels.plan import MOST_ROWS, form_of
 from realm_jax.quant import QuantizedTensor
@@ -99,9 +100,12 @@ def choose_impl(x_shape: tuple[int, ...], w: Weight) -> str:
     return next(name for name, impl in IMPLEMENTATIONS.items() if impl.refuses(x_shape, w) is None)
 
 
-def wanted_form(x: jax.Array, weights: Sequence[Weight]) -> Form | None:
+def wanted_form(x: jax.Array, weights: Sequence[Weight]) -> Form | Records | None:
     """In which form x (..., K) serves most of the products by these weights; None where none of them wants any."""
-    forms = [form_of(x, w) for w in weights if choose_impl(x.shape, w) == "triton"]
+    impls = [choose_impl(x.shape, w) for w in weights]
+    if impls and set(impls) == {"triton_int8"}:
+        return triton_int8.form_of(x.shape, weights)
+    forms = [form_of(x, w) for w, impl in zip(weights, impls, strict=True) if impl == "triton"]
     return max(forms, key=forms.count, default=None)
 
 
@@ -121,7 +125,7 @@ def matmul(x: jax.Array | Prepared, w: Weight, *, impl: str = "auto") -> jax.Arr
     else:
         _check_serves(impl, x.shape, w)
     if isinstance(w, QuantizedTensor):
-        return _packed_matmul(impl, x, prepared if impl == "triton" else x, w)
+        return _packed_matmul(impl, x, prepared if impl in EACH else x, w)
     return reference.dense_matmul(x, w)
 
 
@@ -132,7 +136,7 @@ def matmul_each(x: jax.Array | Prepared, weights: Sequence[Weight]) -> list[jax.
     impl = chosen.pop() if len(chosen) == 1 else None
     if len(weights) == 1 or impl not in EACH or any(w.shape[-1] != x.shape[-1] for w in weights):
         return [matmul(x, w) for w in weights]
-    return list(_packed_matmul_each(impl, plain(x), x if impl == "triton" else plain(x), tuple(weights)))
+    return list(_packed_matmul_each(impl, plain(x), x, tuple(weights)))
 
 
 def _each(apply: Callable[..., list[jax.Array]]) -> Callable[..., tuple[jax.Array, ...]]:
@@ -149,6 +153,7 @@ def _each(apply: Callable[..., list[jax.Array]]) -> Callable[..., tuple[jax.Arra
     return vmapped
 
 
+# What takes x prepared, and several weights at once.
 EACH = {"triton": _each(triton_matmul.matmul_each), "triton_int8": _each(triton_int8.matmul_each)}
 
 

@@ -1,5 +1,6 @@
 """The other operand of a product by packed weights: x, rearranged for the tensor cores, in a launch of its own or at
-the end of the one that makes x. Called by `triton_matmul`, and by the kernels that make x.
+the end of the one that makes x. Called by `triton_matmul`, and by the kernels that make x; for int8 arithmetic there is
+`int8_row`, whose `Records` are a form, too.
 
 A row of x is scaled by a power of two and takes one *column* of the tensor cores' instruction where it has 16 bits, two
 where it is float32: what float16 holds of it, and what that leaves, together 22 bits. Eight columns are a tile.
@@ -7,8 +8,8 @@ where it is float32: what float16 holds of it, and what that leaves, together 22
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -49,6 +50,23 @@ class Form(NamedTuple):
         """Rows of a launch: those of x, and those that fill up the last tile."""
         return self.tiles * self.rows_of_tile
 
+    @property
+    def inputs(self) -> int:
+        """Of a row, with those after the last."""
+        return 256 * self.groups
+
+    def shapes(self) -> tuple[pallas.Shape, ...]:
+        """Of the arrays that `write` fills."""
+        return shapes(self)
+
+    def made(self, arrays: Sequence[jax.Array]) -> "Operand":
+        """These arrays, as what multiplies takes them."""
+        return Operand(*arrays)
+
+    def write(self, x: jax.Array, largest: Callable[[], jax.Array], refs: Sequence, rows: int) -> None:
+        """See `write`; largest: gives it."""
+        write(x, largest(), *refs, rows=rows, form=self)
+
 
 class Operand(NamedTuple):
     """x as the kernel reads it.
@@ -67,11 +85,11 @@ class Operand(NamedTuple):
 
 @flax.struct.dataclass
 class Prepared:
-    """x (..., K) with the Operand that it is in a form: what `kernels.matmul` takes in place of x."""
+    """x (..., K) with what it is in a form, an Operand or records (`int8_row`): what `kernels.matmul` takes for x."""
 
     x: jax.Array
-    operand: Operand
-    form: Form = flax.struct.field(pytree_node=False)
+    operand: Any
+    form: Any = flax.struct.field(pytree_node=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -87,7 +105,7 @@ def plain(x: jax.Array | Prepared) -> jax.Array:
     return x.x if isinstance(x, Prepared) else x
 
 
-def with_operand(x: jax.Array, operand: Operand | None, form: Form | None) -> jax.Array | Prepared:
+def with_operand(x: jax.Array, operand: Any, form: Any) -> jax.Array | Prepared:
     """x and what its kernel made of it, if anything."""
     return x if operand is None else Prepared(x, operand, form)
 
@@ -147,16 +165,15 @@ def choose_part(form: Form) -> int:
 
     Four for each of its threads, or more, where rows are many: then every multiprocessor has a program anyway.
     """
-    inputs = 256 * form.groups
-    part = min(128 * warps(inputs), _power_of_two_above(inputs))
-    while form.programs * -(-inputs // part) > MOST_PROGRAMS and part < inputs:
+    part = min(128 * warps(form.inputs), _power_of_two_above(form.inputs))
+    while form.programs * -(-form.inputs // part) > MOST_PROGRAMS and part < form.inputs:
         part *= 2
     return part
 
 
 def grid(form: Form, part: int) -> tuple[int, int]:
     """Of a kernel that writes parts of rows: row, part."""
-    return form.programs, -(-256 * form.groups // part)
+    return form.programs, -(-form.inputs // part)
 
 
 class Columns(NamedTuple):

@@ -1,9 +1,10 @@
-"""Tile sizes of the product by few rows, as data: `tiles.json`, by kind of device, format and class of shape.
+"""Tile sizes of the product by few rows, as data: `tiles.json`, by kind of device, format and class of shape. "Q4_K
+int8" is the format Q4_K in int8 arithmetic.
 
-`triton_matmul` asks `find`; experiments/tune_kernels.py measures and writes the file. REALM_TILES names a file of the
-same form whose entries come before those of the package. What neither has is taken from the device "default", and else
-from `RULE`. Rows of x are no key: the order in which a result is summed depends on the warps, and must not depend on
-how many rows there are.
+`plan` and `triton_int8` ask `find`; experiments/tune_kernels.py measures and writes the file. REALM_TILES names a file
+of the same form whose entries come before those of the package. What neither has is taken from the device "default",
+and else from RULE or INT8_RULE. Rows of x are no key: the order in which a result is summed depends on the warps, and
+must not depend on how many rows there are.
 """
 
 import functools
@@ -42,6 +43,7 @@ class Tiles(NamedTuple):
 
 
 RULE = Tiles(warps=4, stages=2, most_rows=64, across=8)  # of what no file names
+INT8_RULE = Tiles(warps=8, stages=2, most_rows=64, across=0)  # likewise, in int8 arithmetic: 64 rows, none across
 ALLOWED = {
     "warps": ((1, 2, 4, 8, 16), "1, 2, 4, 8 or 16"),
     "stages": (range(2, 7), "2 to 6"),
@@ -51,16 +53,21 @@ ALLOWED = {
 Table = dict[str, dict[str, dict[str, Tiles]]]  # device kind -> format -> class of shape
 
 
-def find(format: str, outputs: int, inputs: int) -> Tiles:
+def find(format: str, outputs: int, inputs: int, arithmetic: str = "float") -> Tiles:
     """The tile sizes for weights (outputs, inputs) of a block format on the device that is traced for.
 
     RealmError for a file of REALM_TILES that cannot be read or holds what is not allowed.
     """
     table, shape = _table(os.environ.get(VARIABLE, "")), shape_class(outputs, inputs)
     for device in dict.fromkeys((device_kind(), DEFAULT)):
-        if found := table.get(device, {}).get(format, {}).get(shape):
+        if found := table.get(device, {}).get(entry_name(format, arithmetic), {}).get(shape):
             return found
-    return RULE
+    return RULE if arithmetic == "float" else INT8_RULE
+
+
+def entry_name(format: str, arithmetic: str) -> str:
+    """What a file calls a format in "float" or "int8" arithmetic."""
+    return format if arithmetic == "float" else f"{format} {arithmetic}"
 
 
 def shape_class(outputs: int, inputs: int) -> str:
@@ -101,7 +108,7 @@ def read(path: Path) -> Table:
 
 def _classes(entries: Any, path: Path, device: str, name: str) -> dict[str, Tiles]:
     where = f"{path}: {device}: {name}"
-    if name not in FORMATS:
+    if name.removesuffix(" int8") not in FORMATS:
         raise RealmError(f"{where}: no block format; known: {', '.join(FORMATS)}")
     for shape, _ in _items(entries, where):
         if shape not in CLASSES:

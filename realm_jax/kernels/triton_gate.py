@@ -1,7 +1,8 @@
 """The gated product of a feed-forward network, silu(gate) * up, of few rows, and what the next product wants of it, in
 one launch. A Pallas Triton kernel; called by `model.layers`, which says in `jax.numpy` what it means.
 
-A program writes a part of one row, for which it has to know the largest number of the whole row.
+A program writes a part of one row, for which it has to know the largest number of the whole row (not so for int8
+arithmetic).
 """
 
 import functools
@@ -11,37 +12,38 @@ import jax.numpy as jnp
 from jax import lax
 
 from realm_jax.kernels import operand, pallas
+from realm_jax.kernels.int8_row import PREPARED, Records
 from realm_jax.kernels.operand import Form, Operand
 from realm_jax.kernels.pallas import Shape
 
 
-def gated(gate: jax.Array, up: jax.Array, *, form: Form) -> tuple[jax.Array, Operand]:
+def gated(gate: jax.Array, up: jax.Array, *, form: Form | Records) -> tuple[jax.Array, Operand | tuple[jax.Array, ...]]:
     """silu(gate) * up (..., F), computed in float32, in the type of gate; and the same in that form."""
     operands = [x.reshape(-1, gate.shape[-1]) for x in (gate, up)]
-    part = operand.choose_part(form)
+    part, warps = operand.choose_part(form), operand.warps(gate.shape[-1])
+    if isinstance(form, Records):
+        part, warps = PREPARED, 1
     out, *outs = pallas.call(
         functools.partial(_gated, form=form, part=part),
         operands,
-        (Shape(operands[0].shape, gate.dtype), *operand.shapes(form)),
+        (Shape(operands[0].shape, gate.dtype), *form.shapes()),
         grid=operand.grid(form, part),
-        num_warps=operand.warps(gate.shape[-1]),
+        num_warps=warps,
         num_stages=1,
         name="gated",
     )
-    return out.reshape(gate.shape), Operand(*outs)
+    return out.reshape(gate.shape), form.made(outs)
 
 
-def _gated(gate_ref, up_ref, out_ref, *operand_refs, form: Form, part: int) -> None:
-    """A part of a row, or of none; of the whole row only how large it gets."""
+def _gated(gate_ref, up_ref, out_ref, *operand_refs, form: Form | Records, part: int) -> None:
+    """A part of a row, or of none; of the whole row only how large it gets, if the form wants that."""
     rows, width = out_ref.shape
     row, own = operand.own_row(rows), operand.own_columns(form, part, width)
-    own_parts, *parts = (
-        [columns.load(ref, row) for ref in (gate_ref, up_ref)] for columns in (own, *operand.chunks(width))
-    )
+    others = operand.chunks(width) if isinstance(form, Form) else []
+    own_parts, *parts = ([columns.load(ref, row) for ref in (gate_ref, up_ref)] for columns in (own, *others))
     product = _product(*own_parts).astype(out_ref.dtype)
     operand.store(out_ref, own, product)
-    largest = _largest(parts, out_ref.dtype)
-    operand.write(product, largest, *operand_refs, rows=rows, form=form)
+    form.write(product, lambda: _largest(parts, out_ref.dtype), operand_refs, rows)
 
 
 def _product(gate: jax.Array, up: jax.Array) -> jax.Array:

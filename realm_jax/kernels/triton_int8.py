@@ -19,12 +19,14 @@ from jax import lax
 
 from realm_jax.kernels import codes, fragments, fragments_int8, int8_row, pallas, triton_matmul
 from realm_jax.kernels.ahead import Ahead, Rows, matrix_of
-from realm_jax.kernels.int8_row import Record
+from realm_jax.kernels.int8_row import Record, Records, record_for, record_of
 from realm_jax.kernels.lanes import SIGNS, Codes, Reader, coordinates
+from realm_jax.kernels.operand import Prepared, plain
 from realm_jax.kernels.plan import MOST_ROWS, ROWS, Plan, clipped, plan, ring_bytes, together
 from realm_jax.kernels.reference import INT8_BLOCK
 from realm_jax.kernels.results import leave
 from realm_jax.kernels.ring import Place, Slots, read_now
+from realm_jax.kernels.tiles import Tiles, find
 from realm_jax.quant.tensor import QuantizedTensor
 
 MOST_TILES = 4  # of columns, of a program
@@ -65,27 +67,41 @@ def refuses(x_shape: tuple[int, ...], w: QuantizedTensor) -> str | None:
     return triton_matmul.refuses(x_shape, w)
 
 
-def matmul(x: jax.Array, w: QuantizedTensor) -> jax.Array:
+def matmul(x: jax.Array | Prepared, w: QuantizedTensor, tiles: Tiles | None = None) -> jax.Array:
     """x (..., K) @ w.T for packed weights (N, K), in the dtype of x: `reference.matmul_int8`, but for the order of
-    sums; for few rows of x."""
-    return matmul_each(x, [w])[0]
+    sums; for few rows of x. tiles: None, what was found best for such weights on this device."""
+    return matmul_each(x, [w], tiles)[0]
 
 
-def matmul_each(x: jax.Array, weights: Sequence[QuantizedTensor]) -> list[jax.Array]:
+def matmul_each(
+    x: jax.Array | Prepared, weights: Sequence[QuantizedTensor], tiles: Tiles | None = None
+) -> list[jax.Array]:
     """`matmul` of x by each of the weights: of one row one launch for those next to each other that can share it."""
-    # One column for each row, whatever its type.
-    plans = [plan(math.prod(x.shape[:-1]), jnp.bfloat16, w) for w in weights]
+    plans = [plan_of(x.shape, w, tiles) for w in weights]
     if plans[0].rows > 1:
-        return [_matmul(x, w, own) for w, own in zip(weights, plans, strict=True)]
+        return [_matmul(plain(x), w, own) for w, own in zip(weights, plans, strict=True)]
     return [y for own in together(weights, plans) for y in _matmul_row(x, [weights[i] for i in own], plans[own[0]])]
 
 
-def _matmul_row(x: jax.Array, weights: list[QuantizedTensor], own: Plan) -> list[jax.Array]:
+def form_of(x_shape: tuple[int, ...], weights: Sequence[QuantizedTensor]) -> Records | None:
+    """In which form products of one row by these weights take x (..., K); None for more rows."""
+    if math.prod(x_shape[:-1]) != 1:
+        return None
+    return Records(tuple(dict.fromkeys(record_of(w, plan_of(x_shape, w)) for w in weights)))
+
+
+def plan_of(x_shape: tuple[int, ...], w: QuantizedTensor, tiles: Tiles | None = None) -> Plan:
+    """How a product of x (..., K) by w is cut."""
+    rows = math.prod(x_shape[:-1])
+    return plan(rows, jnp.bfloat16, w, tiles or find(w.format, *w.shape, "int8"))  # a column for a row of any type
+
+
+def _matmul_row(x: jax.Array | Prepared, weights: list[QuantizedTensor], own: Plan) -> list[jax.Array]:
     """Products of one row by weights of one format and one plan, but for their outputs."""
     format = weights[0].format
     reader, names = codes.READERS[format], codes.fields(format)
-    form = int8_row.record_of(reader, own)
-    operands = [int8_row.prepare(x.reshape(own.width), form)]
+    form = record_of(weights[0], own)
+    operands = [record_for(x, form)]
     operands += [w.planes[name] for w in weights for name in names]
     operands += [] if reader.grid is None else [jnp.asarray(reader.grid())]
     outputs = tuple(w.shape[0] for w in weights)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from realm_jax.kernels import operand, pallas
+from realm_jax.kernels.int8_row import Records
 from realm_jax.kernels.operand import Columns, Form, Operand
 from realm_jax.kernels.pallas import Shape
 
@@ -32,8 +33,8 @@ def refuses(x: jax.Array) -> str | None:
 
 
 def add_norm(
-    x: jax.Array, more: jax.Array | None, weight_D: jax.Array, *, eps: float, form: Form | None = None
-) -> tuple[jax.Array, jax.Array, Operand | None]:
+    x: jax.Array, more: jax.Array | None, weight_D: jax.Array, *, eps: float, form: Form | Records | None = None
+) -> tuple[jax.Array, jax.Array, Operand | tuple[jax.Array, ...] | None]:
     """x + more, and its norm, both (..., D) in the type of x: the sum is rounded to it first. more: None is zero.
 
     form: None, or in which the norm is wanted too.
@@ -44,19 +45,19 @@ def add_norm(
     outs = pallas.call(
         functools.partial(_add_norm, eps=eps, form=form, part=part),
         [weight_D, *parts],
-        (shape,) * len(parts) + (operand.shapes(form) if form else ()),
+        (shape,) * len(parts) + (form.shapes() if form else ()),
         grid=operand.grid(form, part) if form else shape.shape[:1],
         num_warps=operand.warps(x.shape[-1]),
         num_stages=1,
         name="add_norm",
     )
     normed, *total = (out.reshape(x.shape) for out in outs[: len(parts)])
-    return (total[0] if total else x), normed, Operand(*outs[len(parts) :]) if form else None
+    return (total[0] if total else x), normed, form.made(outs[len(parts) :]) if form else None
 
 
-def _add_norm(weight_ref, *refs, eps: float, form: Form | None, part: int) -> None:
+def _add_norm(weight_ref, *refs, eps: float, form: Form | Records | None, part: int) -> None:
     """A part of a row, or of none; without a form all of it: of x, or of x and what is added to it."""
-    count = (len(refs) - 3) // 2 if form else len(refs) // 2
+    count = (len(refs) - (len(form.shapes()) if form else 0)) // 2
     x_refs, (out_ref, *total_ref), operand_refs = refs[:count], refs[count : 2 * count], refs[2 * count :]
     rows, width = out_ref.shape
     row = operand.own_row(rows)
@@ -79,5 +80,4 @@ def _add_norm(weight_ref, *refs, eps: float, form: Form | None, part: int) -> No
     for ref, values in zip((out_ref, *total_ref), (normed, total), strict=False):
         operand.store(ref, own, values)
     if form:
-        largest = operand.largest_of([x_D * scale * weight_D])
-        operand.write(normed, largest, *operand_refs, rows=rows, form=form)
+        form.write(normed, lambda: operand.largest_of([x_D * scale * weight_D]), operand_refs, rows)

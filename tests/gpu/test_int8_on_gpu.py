@@ -7,6 +7,7 @@ from test_int8_arithmetic import in_integers, product
 from test_matmul import nmse
 
 from realm_jax.kernels import choose_impl, matmul
+from realm_jax.kernels.matmul import matmul_each
 from realm_jax.quant import FORMATS
 
 
@@ -39,3 +40,11 @@ def test_a_row_has_the_same_bits_among_few_and_many(name):
     whole = np.asarray(matmul(x, w))
     for rows in (1, 2, 9):
         np.testing.assert_array_equal(np.asarray(matmul(x[-rows:], w)), whole[-rows:])
+
+
+@pytest.mark.parametrize("names", ["Q4_K Q4_K Q4_K", "Q4_K Q4_K Q6_K", "Q8_0 Q8_0 Q8_0", "IQ1_S IQ1_S IQ1_S"])
+def test_several_weights_of_one_x_are_multiplied_as_each_is(names):
+    weights = [product(name, 1, n, 2048)[1] for name, n in zip(names.split(), (256, 48, 37), strict=True)]
+    x, _ = product("Q8_0", 1, 5, 2048)
+    for own, w in zip(matmul_each(x, weights), weights, strict=True):
+        np.testing.assert_array_equal(own, matmul(x, w))

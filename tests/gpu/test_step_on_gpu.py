@@ -143,14 +143,19 @@ def test_time_of_preparing_in_the_same_launch(rows):
             print(f"{rows} rows of {width}: {way.__name__} {1e6 * seconds / steps:.2f} us")
 
 
-def test_a_step_has_the_same_bits_with_and_without(monkeypatch):
+@pytest.mark.parametrize("arithmetic", ["float", "int8"])
+def test_a_step_has_the_same_bits_with_and_without(monkeypatch, arithmetic):
     config = Config(
         architecture="llama", vocab_size=512, context_length=64, layers=2, width=512, ffn_width=1536, heads=8,
         kv_heads=4, head_width=64, norm_eps=1e-5, rope=Rope(dimensions=64),
     )  # fmt: skip
     params = init_params(config, jax.random.key(0))
+
+    def packed(name: str, w: jax.Array):
+        return quantize(np.asarray(w), name).replace(arithmetic=arithmetic) if w.ndim == 2 else w
+
     for name in ("Q4_K", "Q2_K"):
-        layered = jax.tree.map(lambda w, name=name: quantize(np.asarray(w), name) if w.ndim == 2 else w, params.layers)
+        layered = jax.tree.map(functools.partial(packed, name), params.layers)
         own = params.replace(layers=layered, output=quantize(np.asarray(params.embedding), "Q6_K"))
         for rows in (1, 40):
             tokens = jnp.arange(rows, dtype=jnp.int32)[:, None]
