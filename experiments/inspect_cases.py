@@ -75,14 +75,16 @@ def matmul(
 
 def attention(
     rows: int = 64, tokens: int = 1, places: int = 4096, cache: str = "bfloat16", heads: int = 32, kv_heads: int = 8,
-    width: int = 128, query: str = "bfloat16", layers: int = 32, cut: tuple[int, ...] = (),
+    width: int = 128, query: str = "bfloat16", layers: int = 32, cut: tuple[int, ...] = (), write: bool = False,
 ) -> tuple:  # fmt: skip
-    """Attention of queries of type `query` to one layer of a cache. cut: of `attention_plan.Cut`, else the chosen."""
+    """Attention of queries of type `query` to one layer of a cache. cut: of `attention_plan.Cut`, else the chosen.
+    write: as in decoding, new keys and values come into the cache in the same launch."""
     import jax
     import jax.numpy as jnp
 
     from realm_jax.kernels.attention_plan import Cut, plan
-    from realm_jax.kernels.triton_attention import attend
+    from realm_jax.kernels.triton_attention import attend, write_and_attend
+    from realm_jax.kernels.triton_cache import Arrays
 
     own = Cut(*cut) if cut else None
     q = jax.ShapeDtypeStruct((rows, tokens, heads, width), query)
@@ -92,8 +94,14 @@ def attention(
     p = plan(q.shape, stored.shape, stored.dtype, cut=own, scale=1.0, softcap=None, sliding_window=None)
     read = sum(x.size // layers * x.dtype.itemsize for x in (stored, stored, *scales))
     facts = {"weights": 2 * stored.size // layers, "bytes": read, "trips": (-(-min(p.part, p.size) // p.block),)}
-    run = functools.partial(attend, scale=width**-0.5, softcap=None, sliding_window=None, cut=own)
-    return run, (q, stored, stored, place, jax.ShapeDtypeStruct((), jnp.int32), row, *scales), facts
+    options, layer = {"scale": width**-0.5, "softcap": None, "sliding_window": None, "cut": own}, place.update(shape=())
+    if not write:
+        return functools.partial(attend, **options), (q, stored, stored, place, layer, row, *scales), facts
+    new = jax.ShapeDtypeStruct((rows, tokens, kv_heads, width), query)
+    angle = jax.ShapeDtypeStruct((rows, tokens, width // 2), jnp.float32)
+    facts["donate"] = (0,)
+    run = functools.partial(write_and_attend, halves=False, **options)
+    return run, (Arrays(stored, stored, row, *scales), layer, row, place, place, q, new, new, angle, angle), facts
 
 
 CASES = {"step": step, "matmul": matmul, "attention": attention}

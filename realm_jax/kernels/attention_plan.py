@@ -59,7 +59,7 @@ class Plan(NamedTuple):
     @property
     def width(self) -> int:
         """C, padded to a power of two that tensor cores take."""
-        return max(16, 1 << (self.head_width - 1).bit_length())
+        return padded(self.head_width)
 
     @property
     def apart(self) -> int:
@@ -80,6 +80,11 @@ class Plan(NamedTuple):
     def sharing(self) -> int:
         """G, the query heads of one kv head."""
         return self.heads // self.kv_heads
+
+
+def padded(head_width: int) -> int:
+    """C, padded to a power of two that tensor cores take."""
+    return max(16, 1 << (head_width - 1).bit_length())
 
 
 def refuses(q: jax.Array, k: jax.Array) -> str | None:

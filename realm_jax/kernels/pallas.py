@@ -16,6 +16,7 @@ from jax.experimental.pallas import triton as plt
 from realm_jax.kernels import assembly
 
 load, store, program_id, when = plt.load, plt.store, pl.program_id, pl.when
+load_now = functools.partial(plt.load, volatile=True)  # no compiler puts it off to a branch that wants what it loads
 Shape = jax.ShapeDtypeStruct
 OLDEST = "8.0"  # compute capability of Ampere
 TANH_ERROR = 2.0**-11
@@ -150,6 +151,12 @@ def find_range(number: jax.Array, lengths: Sequence[int], values: Sequence[int])
         which, place = jnp.where(beyond, i, which), jnp.where(beyond, number - start, place)
         value = jnp.where(beyond, values[i], value)
     return which, place, value
+
+
+def barrier() -> None:
+    """No thread of a program goes on before all are here, and then sees what any of them stored in memory."""
+    if not _interpreting:
+        plt.debug_barrier()
 
 
 def sum_of_two(x: jax.Array, axis: int) -> jax.Array:

@@ -1,4 +1,5 @@
-"""Attention that reads the padded ragged cache in place, as Pallas Triton kernels. Called by `kernels.attention`.
+"""Attention that reads the padded ragged cache in place, as Pallas Triton kernels. Called by `kernels.attention`, and
+by `model.layers` where new tokens come into the cache in the same launch.
 
 Shape suffixes: `B` rows of queries, `T` new tokens, `H` query heads, `K` kv heads, `G` = H / K, `S` places of a row of
 the cache, `C` head width, `L` layers; `M` rows of a tile of queries, `N` places of a block of keys, `W` sums of weights
@@ -6,7 +7,8 @@ that are kept apart.
 
 One program takes one kv head of one row, some tiles of its T * G queries, which share what is loaded, and one part of
 the row. It goes through the part in blocks, up to the last place that its queries see. Parts of a row are joined by a
-second kernel; a row of one part needs none.
+second kernel; a row of one part needs none. A place that is written is read by the program that writes it alone: that
+of its part, so where one program has all queries of a kv head.
 
 Order of the sums: parts and blocks begin at fixed places, and a tile of a short call (T <= 16) has always M = 16 rows.
 What a query does not see adds exact zeros. So the result of a query depends on nothing but itself and what it sees: not
@@ -19,14 +21,16 @@ for float32, float16 and int8, below 1e-9 for bfloat16. Source: Dao et al. 2022,
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from realm_jax.kernels import pallas
+from realm_jax.kernels import pallas, triton_cache
 from realm_jax.kernels.attention_plan import Plan, plan
-from realm_jax.kernels.pallas import Shape, load, program_id, store
+from realm_jax.kernels.pallas import Shape, load, load_now, program_id, store, when
+from realm_jax.kernels.triton_cache import Arrays, Heads, Turn
 
 LOG2E = 1.4426950408889634
 LOWEST = -1e30  # stands for minus infinity, whose differences are not NaN
@@ -49,36 +53,128 @@ def attend(
 
     layer: int32. rows_B: int32, the row of the cache of each row of queries. options: those of `plan`.
     """
-    B, T, H, C = q_BTHC.shape
     p = plan(q_BTHC.shape, k_LBSKC.shape, k_LBSKC.dtype, **options)
-    scales = () if k_scale_LBSK is None else (k_scale_LBSK, v_scale_LBSK)
-    rows_B = jnp.clip(rows_B.astype(jnp.int32), 0, k_LBSKC.shape[1] - 1)
-    operands = (jnp.reshape(layer, 1).astype(jnp.int32), rows_B, place_BT, q_BTHC, k_LBSKC, v_LBSKC, *scales)
-    out = Shape(q_BTHC.shape, q_BTHC.dtype)
+    cache = [x for x in (k_LBSKC, v_LBSKC, k_scale_LBSK, v_scale_LBSK) if x is not None]
+    operands = [jnp.reshape(layer, 1).astype(jnp.int32), rows_B.astype(jnp.int32), place_BT, q_BTHC]
+    results = _launch(p, "attend", functools.partial(_attend_part, p), [*operands, *cache], q_BTHC)
+    return _joined(p, place_BT, q_BTHC, results)
+
+
+def refuses_new(q_BTHC: jax.Array, k_LBSKC: jax.Array) -> str | None:
+    """Why `write_and_attend` cannot serve queries of that shape and type and such a cache, or None if it can."""
+    if reason := triton_cache.refuses(q_BTHC, k_LBSKC):
+        return reason
+    p = plan(q_BTHC.shape, k_LBSKC.shape, k_LBSKC.dtype, scale=1.0, softcap=None, sliding_window=None)
+    return None if p.groups == 1 else "one program would read what another one writes"
+
+
+def write_and_attend(
+    cache: Arrays,
+    layer: jax.Array,
+    row_B: jax.Array,
+    write_BT: jax.Array,
+    place_BT: jax.Array,
+    q_BTHC: jax.Array,
+    k_BTKC: jax.Array,
+    v_BTKC: jax.Array,
+    cos_BTR: jax.Array,
+    sin_BTR: jax.Array,
+    *,
+    halves: bool,
+    **options,
+) -> tuple[jax.Array, Arrays]:
+    """`triton_cache.write` of new tokens at `write_BT`, then `attend` of their queries at `place_BT`: to the bit, in a
+    launch less. What `attend` gives, and the cache, in the same buffers.
+
+    What a row past the last gives means nothing: it reads the last row, which may be written meanwhile.
+    """
+    p = plan(q_BTHC.shape, cache.k.shape, cache.k.dtype, **options)
+    held = [x for x in cache if x is not None]
+    operands = [jnp.reshape(layer, 1).astype(jnp.int32), row_B.astype(jnp.int32), place_BT, q_BTHC]
+    operands += [write_BT, k_BTKC, v_BTKC, cos_BTR, sin_BTR]
+    body = functools.partial(_write_and_attend_part, p, halves)
+    results = _launch(p, "write_and_attend", body, operands, q_BTHC, held)
+    return _joined(p, place_BT, q_BTHC, results[len(held) :]), Arrays(*results[: len(held)])
+
+
+def _launch(p: Plan, name: str, body, operands: list, q_BTHC: jax.Array, held: Sequence[jax.Array] = ()) -> tuple:
+    """A program for each part of a row: `held`, in the same buffers, and what the parts, or the only one, give."""
+    B, T, H, C = q_BTHC.shape
     parts = (B, p.parts, T, H)
-    partial = (Shape((*parts, C), jnp.float32), Shape(parts, jnp.float32), Shape(parts, jnp.float32))
-    result = pallas.call(
-        functools.partial(_attend_part, p),
-        operands,
-        out if p.parts == 1 else partial,
+    out = [Shape(q_BTHC.shape, q_BTHC.dtype)]
+    partial = [Shape((*parts, C), jnp.float32), Shape(parts, jnp.float32), Shape(parts, jnp.float32)]
+    return pallas.call(
+        body,
+        [*operands, *held],
+        (*(Shape(x.shape, x.dtype) for x in held), *(out if p.parts == 1 else partial)),
         grid=(p.kv_heads, p.parts * p.groups, B),
         num_warps=p.warps,
-        num_stages=1 if scales else p.stages,
-        name="attend",
+        num_stages=1 if any(x.dtype == jnp.int8 for x in (*operands, *held)) else p.stages,
+        aliases={len(operands) + i: i for i in range(len(held))},
+        name=name,
     )
+
+
+def _joined(p: Plan, place_BT: jax.Array, q_BTHC: jax.Array, results: Sequence[jax.Array]) -> jax.Array:
+    """The attention of whole rows, from what their parts give."""
     if p.parts == 1:
-        return result
+        return results[0]
+    B, T, H, _ = q_BTHC.shape
+    out = Shape(q_BTHC.shape, q_BTHC.dtype)
     join = functools.partial(_join_parts, p)
-    return pallas.call(join, (place_BT, *result), out, grid=(H, T, B), num_warps=1, name="attend_join")
+    return pallas.call(join, (place_BT, *results), out, grid=(H, T, B), num_warps=1, name="attend_join")
 
 
 def _attend_part(p: Plan, layer_ref, row_ref, place_ref, q_ref, k_ref, v_ref, *refs) -> None:
     """One kv head, one group of tiles, one part of one row."""
-    (k_scale_ref, v_scale_ref), outs = (refs[:2], refs[2:]) if k_ref.dtype == jnp.int8 else ((None, None), refs)
-    h, b = program_id(0), program_id(2)
-    group, part = p.groups - 1 - program_id(1) % p.groups, program_id(1) // p.groups  # the longest first
-    at = load(layer_ref.at[jnp.int32(0)]), load(row_ref.at[b])
-    tiles = [_Tile.load(p, place_ref, q_ref, b, h, group * p.tiles + i) for i in range(p.tiles)]
+    scales, outs = (refs[:2], refs[2:]) if k_ref.dtype == jnp.int8 else ((None, None), refs)
+    row = jnp.clip(load(row_ref.at[program_id(2)]), 0, k_ref.shape[1] - 1)
+    at = load(layer_ref.at[jnp.int32(0)]), row
+    _attend(p, at, _tiles(p, place_ref, q_ref), (k_ref, v_ref, *scales), outs)
+
+
+def _write_and_attend_part(
+    p: Plan, halves: bool, layer_ref, row_ref, place_ref, q_ref, write_ref, k_ref, v_ref, cos_ref, sin_ref, *refs
+) -> None:
+    """One kv head, one part of one row: the new tokens that stand in it are written, then seen."""
+    count = 5 if refs[0].dtype == jnp.int8 else 3
+    cache, outs = Arrays(*refs[count : 2 * count]), refs[2 * count :]  # those before are the same buffers
+    h, part, b = program_id(0), program_id(1), program_id(2)
+    rows, size = cache.k.shape[1:3]
+    layer, row = load(layer_ref.at[jnp.int32(0)]), load(row_ref.at[b])
+
+    def turn_of(token_X1: jax.Array, real_X1: jax.Array, by=load) -> Turn:
+        return Turn.read(cos_ref, sin_ref, (b, token_X1), real_X1, p.head_width, halves, by)
+
+    tiles = _tiles(p, place_ref, q_ref, turn_of)
+    token_T1 = jnp.arange(1 << (p.tokens - 1).bit_length(), dtype=jnp.int32)[:, None]
+    real_T1 = token_T1 < p.tokens
+    place_T1 = load(write_ref.at[b, token_T1], mask=real_T1, other=size)
+    turn = turn_of(token_T1, real_T1, load_now)
+    new = Heads.read(turn, k_ref, v_ref, (b, token_T1, jnp.broadcast_to(h, (1, 1))), real_T1)
+    # What stands past the places that are read is the last part's.
+    kept_T1 = (row < rows) & (place_T1 < size) & (jnp.minimum(p.part_of(place_T1), p.parts - 1) == part)
+
+    @when(jnp.max(kept_T1.astype(jnp.int32)) > 0)
+    def _():
+        new.put(cache, layer, row, h, place_T1, kept_T1)
+        pallas.barrier()
+
+    at = layer, jnp.clip(row, 0, rows - 1)
+    _attend(p, at, tiles, (cache.k, cache.v, cache.k_scale, cache.v_scale), outs)
+
+
+def _tiles(p: Plan, place_ref, q_ref, turn_of: Callable | None = None) -> list["_Tile"]:
+    """Those of this program; the longest groups come first."""
+    group = p.groups - 1 - program_id(1) % p.groups
+    at = program_id(2), program_id(0)
+    return [_Tile.load(p, place_ref, q_ref, *at, group * p.tiles + i, turn_of) for i in range(p.tiles)]
+
+
+def _attend(p: Plan, at: tuple, tiles: list["_Tile"], cache: tuple, outs: Sequence) -> None:
+    """What these queries see of this program's part: of row `at`, in refs of keys, values and their scales."""
+    k_ref, v_ref, k_scale_ref, v_scale_ref = cache
+    h, part, b = program_id(0), program_id(1) // p.groups, program_id(2)
     start, stop = _bounds(p, tiles, part)
 
     def places(i: jax.Array) -> jax.Array:
@@ -132,14 +228,18 @@ class _Tile(NamedTuple):
     unit_M: jax.Array | None
 
     @classmethod
-    def load(cls, p: Plan, place_ref, q_ref, b: jax.Array, h: jax.Array, number: jax.Array) -> "_Tile":
+    def load(cls, p: Plan, place_ref, q_ref, b, h, number: jax.Array, turn_of: Callable | None) -> "_Tile":
         query_M = number * p.rows + jnp.arange(p.rows, dtype=jnp.int32)
         real_M = query_M < p.tokens * p.sharing
         token_M, head_M = query_M // p.sharing, h * p.sharing + query_M % p.sharing
         place_M = load(place_ref.at[b, token_M], mask=real_M, other=-1)
         column_C = jnp.arange(p.width, dtype=jnp.int32)
-        real_MC = real_M[:, None] & (column_C < p.head_width)[None, :]
-        q_MC = load(q_ref.at[b, token_M[:, None], head_M[:, None], column_C[None, :]], mask=real_MC, other=0)
+        at, real_M1 = (b, token_M[:, None], head_M[:, None]), real_M[:, None]
+        if turn_of is None:
+            real_MC = real_M1 & (column_C < p.head_width)[None, :]
+            q_MC = load(q_ref.at[(*at, column_C[None, :])], mask=real_MC, other=0)
+        else:
+            q_MC = turn_of(token_M[:, None], real_M1).apply(q_ref, at, real_M1)
         pieces, unit_M = _pieces(q_MC, p.dtype)
         return cls(token_M, head_M, real_M, place_M, pieces, unit_M)
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from realm_jax.kernels import triton_cache, triton_gate, triton_norm
+from realm_jax.kernels import triton_attention, triton_cache, triton_gate, triton_norm
 from realm_jax.kernels.attention import attention
 from realm_jax.kernels.delta import Deltas, add_deltas, add_embedding_deltas
 from realm_jax.kernels.matmul import matmul, matmul_each, wanted_form
@@ -192,40 +192,77 @@ def _rotate_and_write(static: tuple, cache, row_B, place_BT, q_BTHC, k_BTKC, v_B
 
 def _write_by_kernel(static: tuple, cache, row_B, place_BT, q_BTHC, k_BTKC, v_BTKC, rotation) -> tuple:
     layer, halves = static
-    arrays = triton_cache.Arrays(cache.k, cache.v, cache.broken_B, cache.k_scale, cache.v_scale)
-    new = q_BTHC, k_BTKC, v_BTKC
-    q_BTHC, arrays = triton_cache.write(arrays, jnp.int32(layer), row_B, place_BT, *new, *rotation, halves=halves)
+    at, new = (jnp.int32(layer), row_B, place_BT), (q_BTHC, k_BTKC, v_BTKC)
+    q_BTHC, arrays = triton_cache.write(_arrays(cache), *at, *new, *rotation, halves=halves)
     return q_BTHC, cache.replace(**arrays._asdict())
+
+
+def _arrays(cache: KVCache) -> triton_cache.Arrays:
+    return triton_cache.Arrays(cache.k, cache.v, cache.broken_B, cache.k_scale, cache.v_scale)
 
 
 _in_one_launch = by_kernel(_write_by_kernel, _rotate_and_write)
 
 
 def attend(
-    w: Attention,
-    config: Config,
-    q_BTHC: jax.Array,
-    kv: KeyValues,
-    place_BT: jax.Array,
-    first_BT: jax.Array | None = None,
-    deltas: Attention | None = None,
-    observe: Observe | None = None,
+    q_BTHC: jax.Array, kv: KeyValues, place_BT: jax.Array, first_BT: jax.Array | None = None, impl: str = "auto"
 ) -> jax.Array:
-    """Attention and its output projection, (B, T, D)."""
-    out_BTHC = attention(
+    """Attention of rotated queries, (B, T, H, C). impl: as in `kernels.attention`."""
+    return attention(
         q_BTHC,
         kv.k,
         kv.v,
         place_BT,
         first_BT,
-        scale=config.head_width**-0.5,
+        scale=q_BTHC.shape[-1] ** -0.5,
         k_scale_BSK=kv.k_scale,
         v_scale_BSK=kv.v_scale,
         layer=kv.layer,
         rows_B=kv.rows_B,
         window=kv.window,
+        impl=impl,
     )
-    return project(out_BTHC.reshape(*out_BTHC.shape[:2], -1), w, "o", deltas, observe)
+
+
+def attend_into(
+    cache: KVCache,
+    layer: int,
+    rows_B: jax.Array | None,
+    write_BT: jax.Array,
+    place_BT: jax.Array,
+    first_BT: jax.Array | None,
+    new: tuple[jax.Array, jax.Array, jax.Array],
+    rotation: Rotation,
+    halves: bool,
+) -> tuple[jax.Array, KVCache]:
+    """Attention of new tokens to a cache with them in it, (B, T, H, C), and that cache.
+
+    rows_B: the rows of the cache that they belong to (all in order, where None). write_BT, place_BT: the places that
+    they are written to, as in `KVCache.write`, and that their queries stand at. new: their queries, keys and values,
+    not rotated. Without a launch for the cache where `triton_attention.write_and_attend` can serve.
+    """
+    row_B = jnp.arange(place_BT.shape[0], dtype=jnp.int32) if rows_B is None else rows_B
+    if first_BT is None and triton_attention.refuses_new(new[0], cache.k) is None:
+        return _attend_in_one_launch((layer, halves), cache, row_B, write_BT, place_BT, *new, rotation)
+    q_BTHC, cache = rotate_into(cache, layer, row_B, write_BT, *new, rotation, halves)
+    return attend(q_BTHC, cache.read(layer, rows_B), place_BT, first_BT), cache
+
+
+def _write_and_attend(static: tuple, cache, row_B, write_BT, place_BT, q_BTHC, k_BTKC, v_BTKC, rotation) -> tuple:
+    """`attend_into` as XLA has it. It says what is right."""
+    q_BTHC, cache = _rotate_and_write(static, cache, row_B, write_BT, q_BTHC, k_BTKC, v_BTKC, rotation)
+    return attend(q_BTHC, cache.read(static[0], row_B), place_BT, impl="reference"), cache
+
+
+def _attend_by_kernel(static: tuple, cache, row_B, write_BT, place_BT, q_BTHC, k_BTKC, v_BTKC, rotation) -> tuple:
+    layer, halves = static
+    at, new = (jnp.int32(layer), row_B, write_BT, place_BT), (q_BTHC, k_BTKC, v_BTKC)
+    options = {"scale": q_BTHC.shape[-1] ** -0.5, "window": cache.window, "softcap": None, "sliding_window": None}
+    out_BTHC, arrays = triton_attention.write_and_attend(_arrays(cache), *at, *new, *rotation, halves=halves, **options)
+    return out_BTHC, cache.replace(**arrays._asdict())
+
+
+_attend_in_one_launch = by_kernel(_attend_by_kernel, _write_and_attend)
 
 
 def feed_forward(

@@ -89,12 +89,11 @@ def run(
         halves = config.rope.halves
         if cache is None:
             q_BTHC, k_BTKC = (rotate(x, *rotation, halves) for x in (q_BTHC, k_BTKC))
-            kv = KeyValues(k_BTKC, v_BTKC)
+            out_BTHC = layers.attend(q_BTHC, KeyValues(k_BTKC, v_BTKC), place_BT, first_BT)
         else:
-            new = q_BTHC, k_BTKC, v_BTKC
-            q_BTHC, cache = layers.rotate_into(cache, i, row_B, write_BT, *new, rotation, halves)
-            kv = cache.read(i, rows_B)
-        more_BTD = layers.attend(attn, config, q_BTHC, kv, place_BT, first_BT, change.attn, in_attn)
+            at, new = (rows_B, write_BT, place_BT, first_BT), (q_BTHC, k_BTKC, v_BTKC)
+            out_BTHC, cache = layers.attend_into(cache, i, *at, new, rotation, halves)
+        more_BTD = layers.project(out_BTHC.reshape(B, T, -1), attn, "o", change.attn, in_attn)
         x_BTD, normed_BTD = layers.add_norm(x_BTD, more_BTD, ffn.norm, config.norm_eps, (ffn.gate, ffn.up))
         return x_BTD, layers.feed_forward(ffn, normed_BTD, change.ffn, in_ffn), cache
 

@@ -1,6 +1,7 @@
 """The kernels between the products of a step, on a GPU. New tokens into the cache: bit for bit what XLA does, in place,
-and its time. Addition and norm: what XLA does, the bits of a row whatever is beside it. What they and the gated product
-prepare for the next product: bit for bit what a launch of its own prepares, and the time of both.
+and its time; by attention itself: bit for bit what two launches do, in place, and the time of both. Addition and norm:
+what XLA does, the bits of a row whatever is beside it. What they and the gated product prepare for the next product:
+bit for bit what a launch of its own prepares, and the time of both.
 
 REALM_TEST_GPU=1 python -m pytest tests/gpu/test_step_on_gpu.py -q -s
 """
@@ -11,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cache_toys import ROWS, WAYS, cache_of, new_tokens, same, taken
+from cache_toys import LONG, OPTIONS, ROWS, WAYS, attending, cache_of, new_tokens, numbers, same, taken
 
-from realm_jax.kernels import triton_cache, triton_gate, triton_norm
+from realm_jax.kernels import triton_attention, triton_cache, triton_gate, triton_norm
 from realm_jax.kernels.operand import Form, operand_of, pieces_of
 from realm_jax.model import Config, Rope, init_params, layers
 from realm_jax.model.cache import DTYPES, UNBROKEN, KVCache
@@ -65,6 +66,64 @@ def test_it_is_done_in_place_and_quickly(dtype, batch):
         seconds = median_seconds(loop, q, cache, repeats=5)
         print(f"{dtype} batch {batch}: {way} {1e6 * seconds / steps / L:.2f} us a layer")
         assert held.temp_size_in_bytes < cache.k.nbytes / 4 or way == "xla"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activations", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("T", "H", "K", "C", "R", "halves"),
+    [
+        (1, 32, 8, 128, 64, False),
+        (4, 32, 8, 128, 64, True),
+        (3, 5, 1, 96, 24, True),
+        (16, 2, 2, 64, 32, False),
+        (2, 8, 1, 256, 128, False),
+    ],
+)
+def test_attention_that_writes_has_the_bits_of_two_launches(dtype, activations, T, H, K, C, R, halves):
+    cache, new = cache_of(dtype, K, C, LONG), numbers(activations, T, H, K, C, R)
+    assert triton_attention.refuses_new(new[1], cache.k) is None
+    for name, options in OPTIONS.items():
+        one_launch, two = (attending(launches, halves, **options) for launches in (1, 2))
+        want = two(cache, ROWS, *new)
+        for _ in range(20):  # what one thread stores and another loads would not go wrong each time
+            same(one_launch(cache, ROWS, *new), want)
+        alone = one_launch(cache, ROWS[1:2], *jax.tree.map(lambda x: x[1:2], new))
+        np.testing.assert_array_equal(alone[0][0, : max(1, T - 1)], want[0][1, : max(1, T - 1)], err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize(("batch", "T"), [(1, 1), (1, 4), (8, 1), (64, 1)])
+def test_time_of_attention_that_writes(dtype, batch, T):
+    """Thirty-two layers of a loop of steps: microseconds a layer, and no memory beside the cache."""
+    L, S, H, K, C = 32, 576, 32, 8, 128
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (batch, T, n, C), jnp.bfloat16) for key, n in zip(keys, (H, K, K), strict=True))
+    rotation = jnp.ones((batch, T, C // 2)), jnp.zeros((batch, T, C // 2))
+    k_LBSKC, scale = jnp.zeros((L, batch, S, K, C), dtype), jnp.zeros((L, batch, S, K)) if dtype == "int8" else None
+    rows = jnp.zeros(batch, jnp.int32), jnp.full(batch, UNBROKEN, jnp.int32)
+    cache = KVCache(k_LBSKC, k_LBSKC + 0, *rows, scale, scale)
+    steps = 20
+
+    def two_launches(layer, cache, row_B, place_BT, q):
+        q, cache = layers.rotate_into(cache, layer, row_B, place_BT, q, k, v, rotation, False)
+        return layers.attend(q, cache.read(layer, row_B), place_BT), cache
+
+    def one_launch(layer, cache, row_B, place_BT, q):
+        return layers.attend_into(cache, layer, row_B, place_BT, place_BT, None, (q, k, v), rotation, False)
+
+    def step(way, i, carry):
+        q, cache = carry
+        for layer in range(L):
+            q, cache = way(layer, cache, jnp.arange(batch), jnp.tile(512 + i + jnp.arange(T), (batch, 1)), q)
+        return q, cache
+
+    for way in (two_launches, one_launch):
+        loop = jax.jit(lambda q, cache, way=way: jax.lax.fori_loop(0, steps, functools.partial(step, way), (q, cache)))
+        held = loop.lower(q, cache).compile().memory_analysis()
+        seconds = median_seconds(loop, q, cache, repeats=5)
+        print(f"{dtype} batch {batch}, {T} tokens: {way.__name__} {1e6 * seconds / steps / L:.2f} us a layer")
+        assert held.temp_size_in_bytes < cache.k.nbytes / 4
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
