@@ -93,7 +93,7 @@ def attending(launches: int, halves: bool, **options) -> Callable[..., tuple[jax
         arrays, at = _arrays(cache), jnp.int32(LAYER)
         if launches == 1:
             new = place, q, k, v, *rotation
-            return triton_attention.write_and_attend(arrays, at, rows, write, *new, halves=halves, **options)
+            return triton_attention.write_and_attend(arrays, at, rows, write, *new, halves=halves, **options)[:2]
         q, arrays = triton_cache.write(arrays, at, rows, write, q, k, v, *rotation, halves=halves)
         scales = arrays.k_scale, arrays.v_scale
         return triton_attention.attend(q, arrays.k, arrays.v, place, at, rows, *scales, **options), arrays

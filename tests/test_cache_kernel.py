@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 from cache_toys import LAYER, LONG, OPTIONS, ROWS, WAYS, attending, cache_of, new_tokens, numbers, same, taken
 from decode_toys import random_model
+from test_quant_formats import random_weights
 
-from realm_jax.kernels import pallas, triton_attention, triton_cache
+from realm_jax.kernels import int8_row, pallas, triton_attention, triton_cache
+from realm_jax.kernels.attention_plan import Cut
+from realm_jax.kernels.int8_row import Records
+from realm_jax.kernels.matmul import wanted_form
 from realm_jax.model import KVCache, run
 from realm_jax.model.cache import UNBROKEN
-from realm_jax.model.layers import _attend_in_one_launch, _write_and_attend, rotate_into
+from realm_jax.model.layers import _arrays, _attend_in_one_launch, _write_and_attend, rotate_into
 
 SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 
@@ -139,10 +143,10 @@ def test_gradients_and_vmap_are_those_of_xla():
 def test_gradients_and_vmap_of_attention_in_the_same_launch():
     cache, (place, *new, rotation) = cache_of("float32", 2, 8), new_tokens("float32", 2, 4, 2, 8, 4)
     new, rows = [jnp.where(jnp.isfinite(x), x, 1) for x in new], jnp.asarray(ROWS)
-    static, at = (1, True), (rows, place, jnp.minimum(place, 20))
+    static, at = (1, True, None), (rows, place, jnp.minimum(place, 20))
 
     def total(own, q, k, v):
-        out, written = own(static, cache, *at, q, k, v, rotation)
+        out, written, *_ = own(static, cache, *at, q, k, v, rotation)
         return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.sin(written.k)) + jnp.sum(jnp.cos(written.v))
 
     ways = _attend_in_one_launch, _write_and_attend
@@ -152,6 +156,30 @@ def test_gradients_and_vmap_of_attention_in_the_same_launch():
     attended_to = functools.partial(_attend_in_one_launch, static, cache, *at)
     both = jax.vmap(lambda *new: attended_to(*new, rotation))(*(jnp.stack([x, 2 * x]) for x in new))
     same(jax.tree.map(lambda x: x[1], both), attended_to(*(2 * x for x in new), rotation))
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_the_join_makes_the_record_of_a_launch_of_its_own():
+    """For int8 arithmetic: of one row, where heads are whole parts of what is wanted."""
+    heads, width = 4, 64
+    cache, (_, *new, rotation) = cache_of("bfloat16", 2, width, 256), new_tokens("bfloat16", 1, heads, 2, width, 32)
+    weights = [random_weights(name, 5, heads * width).replace(arithmetic="int8") for name in ("Q8_0", "Q4_K", "Q5_1")]
+    form = wanted_form(jnp.zeros(heads * width), weights)
+    options = {"scale": 0.3, "softcap": None, "sliding_window": None, "window": None, "cut": Cut(32, 64, 2, 2)}
+
+    def attended(form, rows=1):
+        at, place = (_arrays(cache), jnp.int32(0), jnp.arange(rows)), jnp.full((rows, 1), 200)
+        arrays = place, place, *(x[1 : 1 + rows] for x in (*new, *rotation))
+        out, _, made = triton_attention.write_and_attend(*at, *arrays, halves=True, form=form, **options)
+        return out, made
+
+    out, made = attended(form)
+    same(out, attended(None)[0])
+    assert len(made) == 3 and attended(None)[1] is None and attended(form, 2)[1] is None
+    for kind, record in zip(form.kinds, made, strict=True):
+        same(record, int8_row.record_for(out.reshape(1, -1), kind))
+    longer = Records((form.kinds[0]._replace(groups=form.kinds[0].groups + 1),))
+    assert attended(longer)[1] is None
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])

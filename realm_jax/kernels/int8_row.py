@@ -187,11 +187,14 @@ class Records(NamedTuple):
         return tuple(arrays)
 
     def write(self, x: jax.Array, largest: Callable[[], jax.Array], refs: Sequence, rows: int) -> None:
-        """The part of a program."""
+        self.write_part(x, pallas.program_id(1), refs)
+
+    def write_part(self, x: jax.Array, part: jax.Array, refs: Sequence) -> None:
+        """Inputs part * x.size and those after it, a multiple of 64."""
         blocks = x.size // INT8_BLOCK
         steps, size = fragments_int8.steps_of(x.astype(jnp.float32).reshape(blocks, 2, 4, 4))
         for kind, ref in zip(self.kinds, refs, strict=True):
-            kind.write(steps, size, pallas.program_id(1) * blocks, ref)
+            kind.write(steps, size, part * blocks, ref)
 
 
 # --- rounding --------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 
 from realm_jax.kernels import pallas, triton_cache
 from realm_jax.kernels.attention_plan import Plan, plan
+from realm_jax.kernels.int8_row import Records
 from realm_jax.kernels.pallas import Shape, load, load_now, program_id, store, when
 from realm_jax.kernels.triton_cache import Arrays, Heads, Turn
 
@@ -57,7 +58,7 @@ def attend(
     cache = [x for x in (k_LBSKC, v_LBSKC, k_scale_LBSK, v_scale_LBSK) if x is not None]
     operands = [jnp.reshape(layer, 1).astype(jnp.int32), rows_B.astype(jnp.int32), place_BT, q_BTHC]
     results = _launch(p, "attend", functools.partial(_attend_part, p), [*operands, *cache], q_BTHC)
-    return _joined(p, place_BT, q_BTHC, results)
+    return _joined(p, place_BT, q_BTHC, results)[0]
 
 
 def refuses_new(q_BTHC: jax.Array, k_LBSKC: jax.Array) -> str | None:
@@ -81,10 +82,14 @@ def write_and_attend(
     sin_BTR: jax.Array,
     *,
     halves: bool,
+    form: Records | None = None,
     **options,
-) -> tuple[jax.Array, Arrays]:
+) -> tuple[jax.Array, Arrays, tuple[jax.Array, ...] | None]:
     """`triton_cache.write` of new tokens at `write_BT`, then `attend` of their queries at `place_BT`: to the bit, in a
     launch less. What `attend` gives, and the cache, in the same buffers.
+
+    form: in which what it gives, as one row (H C,), is wanted too; None comes back where the launch that joins parts
+    cannot do that.
 
     What a row past the last gives means nothing: it reads the last row, which may be written meanwhile.
     """
@@ -94,7 +99,17 @@ def write_and_attend(
     operands += [write_BT, k_BTKC, v_BTKC, cos_BTR, sin_BTR]
     body = functools.partial(_write_and_attend_part, p, halves)
     results = _launch(p, "write_and_attend", body, operands, q_BTHC, held)
-    return _joined(p, place_BT, q_BTHC, results[len(held) :]), Arrays(*results[: len(held)])
+    form = form if form and _can_make(p, q_BTHC.shape, form) else None
+    out_BTHC, *made = _joined(p, place_BT, q_BTHC, results[len(held) :], form)
+    return out_BTHC, Arrays(*results[: len(held)]), form and form.made(made)
+
+
+def _can_make(p: Plan, q_shape: tuple[int, ...], form: Records) -> bool:
+    """Whether a program that joins the parts of a head has whole blocks of one row, and all of them all that is
+    wanted."""
+    B, T, H, C = q_shape
+    whole = all(4 * kind.unit * kind.groups == H * C for kind in form.kinds)
+    return p.parts > 1 and B * T == 1 and p.width == C and C % 64 == 0 and whole
 
 
 def _launch(p: Plan, name: str, body, operands: list, q_BTHC: jax.Array, held: Sequence[jax.Array] = ()) -> tuple:
@@ -115,13 +130,15 @@ def _launch(p: Plan, name: str, body, operands: list, q_BTHC: jax.Array, held: S
     )
 
 
-def _joined(p: Plan, place_BT: jax.Array, q_BTHC: jax.Array, results: Sequence[jax.Array]) -> jax.Array:
-    """The attention of whole rows, from what their parts give."""
+def _joined(
+    p: Plan, place_BT: jax.Array, q_BTHC: jax.Array, results: Sequence[jax.Array], form: Records | None = None
+) -> Sequence[jax.Array]:
+    """The attention of whole rows, from what their parts give; then what the form wants of it."""
     if p.parts == 1:
-        return results[0]
+        return results
     B, T, H, _ = q_BTHC.shape
-    out = Shape(q_BTHC.shape, q_BTHC.dtype)
-    join = functools.partial(_join_parts, p)
+    out = Shape(q_BTHC.shape, q_BTHC.dtype), *(form.shapes() if form else ())
+    join = functools.partial(_join_parts, p, form)
     return pallas.call(join, (place_BT, *results), out, grid=(H, T, B), num_warps=1, name="attend_join")
 
 
@@ -347,7 +364,7 @@ def _dots(pieces: list[jax.Array], y: jax.Array, axis: int) -> jax.Array:
     return functools.reduce(jnp.add, [dot(x) for x in reversed(pieces)])  # the small ones first
 
 
-def _join_parts(p: Plan, place_ref, acc_ref, top_ref, total_ref, out_ref) -> None:
+def _join_parts(p: Plan, form: Records | None, place_ref, acc_ref, top_ref, total_ref, out_ref, *made_refs) -> None:
     """One query: the parts of its row that it sees, joined."""
     head, t, b = program_id(0), program_id(1), program_id(2)
     place = jnp.minimum(load(place_ref.at[b, t]), p.size - 1)
@@ -372,4 +389,7 @@ def _join_parts(p: Plan, place_ref, acc_ref, top_ref, total_ref, out_ref) -> Non
 
     zero = jnp.zeros(p.width, jnp.float32), jnp.float32(LOWEST), jnp.float32(0)
     acc_C, _, total = jax.lax.fori_loop(first // JOINED, (count + JOINED - 1) // JOINED, step, zero)
-    store(out_ref.at[b, t, head, column_C], (acc_C / total).astype(out_ref.dtype), mask=column_C < p.head_width)
+    out_C = (acc_C / total).astype(out_ref.dtype)
+    store(out_ref.at[b, t, head, column_C], out_C, mask=column_C < p.head_width)
+    if form:
+        form.write_part(out_C, head, made_refs)

@@ -1,7 +1,7 @@
 """The pieces of a transformer block, as pure functions of (weights, activations).
 
 Shape suffixes: `B` rows, `T` new tokens, `S` cache length, `D` width, `F` ffn width, `H` query heads,
-`K` kv heads, `C` head width, `V` vocabulary. Called by `model.transformer`.
+`K` kv heads, `C` head width, `E` = H C, `V` vocabulary. Called by `model.transformer`.
 """
 
 import functools
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from realm_jax.kernels import triton_attention, triton_cache, triton_gate, triton_norm
 from realm_jax.kernels.attention import attention
 from realm_jax.kernels.delta import Deltas, add_deltas, add_embedding_deltas
+from realm_jax.kernels.int8_row import Records
 from realm_jax.kernels.matmul import matmul, matmul_each, wanted_form
 from realm_jax.kernels.operand import Form, Prepared, plain, with_operand
 from realm_jax.model.cache import KeyValues, KVCache
@@ -138,12 +139,12 @@ def gated(gate: jax.Array, up: jax.Array, reader: Weight) -> jax.Array | Prepare
     return with_operand(*_gated_in_one_launch(form, gate, up), form)
 
 
-def _gated(form: Form | None, gate: jax.Array, up: jax.Array) -> tuple[jax.Array]:
+def _gated(form: Form | Records | None, gate: jax.Array, up: jax.Array) -> tuple[jax.Array]:
     """`gated` as XLA has it. It says what is right."""
     return (jax.nn.silu(gate) * up,)
 
 
-def _gated_by_kernel(form: Form, gate: jax.Array, up: jax.Array) -> tuple:
+def _gated_by_kernel(form: Form | Records, gate: jax.Array, up: jax.Array) -> tuple:
     return triton_gate.gated(gate, up, form=form)
 
 
@@ -234,32 +235,41 @@ def attend_into(
     new: tuple[jax.Array, jax.Array, jax.Array],
     rotation: Rotation,
     halves: bool,
-) -> tuple[jax.Array, KVCache]:
-    """Attention of new tokens to a cache with them in it, (B, T, H, C), and that cache.
+    reader: Weight,
+) -> tuple[jax.Array | Prepared, KVCache]:
+    """Attention of new tokens to a cache with them in it, (B, T, E), and that cache.
 
     rows_B: the rows of the cache that they belong to (all in order, where None). write_BT, place_BT: the places that
     they are written to, as in `KVCache.write`, and that their queries stand at. new: their queries, keys and values,
-    not rotated. Without a launch for the cache where `triton_attention.write_and_attend` can serve.
+    not rotated. Without a launch for the cache where `triton_attention.write_and_attend` can serve. reader: the weight
+    that will multiply it, for which that may prepare it.
     """
     row_B = jnp.arange(place_BT.shape[0], dtype=jnp.int32) if rows_B is None else rows_B
+    B, T, H, C = new[0].shape
+    out_BTE = jax.ShapeDtypeStruct((B, T, H * C), new[0].dtype)
     if first_BT is None and triton_attention.refuses_new(new[0], cache.k) is None:
-        return _attend_in_one_launch((layer, halves), cache, row_B, write_BT, place_BT, *new, rotation)
+        form = wanted_form(out_BTE, [reader])
+        form = form if isinstance(form, Records) else None
+        static, at = (layer, halves, form), (row_B, write_BT, place_BT)
+        out_BTHC, cache, made = _attend_in_one_launch(static, cache, *at, *new, rotation)
+        return with_operand(out_BTHC.reshape(out_BTE.shape), made, form), cache
     q_BTHC, cache = rotate_into(cache, layer, row_B, write_BT, *new, rotation, halves)
-    return attend(q_BTHC, cache.read(layer, rows_B), place_BT, first_BT), cache
+    return attend(q_BTHC, cache.read(layer, rows_B), place_BT, first_BT).reshape(out_BTE.shape), cache
 
 
 def _write_and_attend(static: tuple, cache, row_B, write_BT, place_BT, q_BTHC, k_BTKC, v_BTKC, rotation) -> tuple:
     """`attend_into` as XLA has it. It says what is right."""
-    q_BTHC, cache = _rotate_and_write(static, cache, row_B, write_BT, q_BTHC, k_BTKC, v_BTKC, rotation)
+    q_BTHC, cache = _rotate_and_write(static[:2], cache, row_B, write_BT, q_BTHC, k_BTKC, v_BTKC, rotation)
     return attend(q_BTHC, cache.read(static[0], row_B), place_BT, impl="reference"), cache
 
 
 def _attend_by_kernel(static: tuple, cache, row_B, write_BT, place_BT, q_BTHC, k_BTKC, v_BTKC, rotation) -> tuple:
-    layer, halves = static
+    layer, halves, form = static
     at, new = (jnp.int32(layer), row_B, write_BT, place_BT), (q_BTHC, k_BTKC, v_BTKC)
     options = {"scale": q_BTHC.shape[-1] ** -0.5, "window": cache.window, "softcap": None, "sliding_window": None}
-    out_BTHC, arrays = triton_attention.write_and_attend(_arrays(cache), *at, *new, *rotation, halves=halves, **options)
-    return out_BTHC, cache.replace(**arrays._asdict())
+    options |= {"halves": halves, "form": form}
+    out_BTHC, arrays, made = triton_attention.write_and_attend(_arrays(cache), *at, *new, *rotation, **options)
+    return out_BTHC, cache.replace(**arrays._asdict()), made
 
 
 _attend_in_one_launch = by_kernel(_attend_by_kernel, _write_and_attend)

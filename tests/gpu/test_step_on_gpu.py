@@ -110,7 +110,9 @@ def test_time_of_attention_that_writes(dtype, batch, T):
         return layers.attend(q, cache.read(layer, row_B), place_BT), cache
 
     def one_launch(layer, cache, row_B, place_BT, q):
-        return layers.attend_into(cache, layer, row_B, place_BT, place_BT, None, (q, k, v), rotation, False)
+        w = jnp.zeros((1, q.shape[2] * q.shape[3]))
+        out, cache = layers.attend_into(cache, layer, row_B, place_BT, place_BT, None, (q, k, v), rotation, False, w)
+        return out.reshape(q.shape), cache
 
     def step(way, i, carry):
         q, cache = carry
