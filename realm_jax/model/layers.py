@@ -228,6 +228,7 @@ def attend(
 def attend_into(
     cache: KVCache,
     layer: int,
+    row_B: jax.Array,
     rows_B: jax.Array | None,
     write_BT: jax.Array,
     place_BT: jax.Array,
@@ -239,12 +240,11 @@ def attend_into(
 ) -> tuple[jax.Array | Prepared, KVCache]:
     """Attention of new tokens to a cache with them in it, (B, T, E), and that cache.
 
-    rows_B: the rows of the cache that they belong to (all in order, where None). write_BT, place_BT: the places that
-    they are written to, as in `KVCache.write`, and that their queries stand at. new: their queries, keys and values,
-    not rotated. Without a launch for the cache where `triton_attention.write_and_attend` can serve. reader: the weight
+    row_B: the rows of the cache that they belong to; rows_B: again, None where these are all in order. write_BT,
+    place_BT: the places that they are written to, as in `KVCache.write`, and that their queries stand at. new: their
+    queries, keys and values, not rotated. Without a launch for the cache where `triton_attention.write_and_attend` can serve. reader: the weight
     that will multiply it, for which that may prepare it.
     """
-    row_B = jnp.arange(place_BT.shape[0], dtype=jnp.int32) if rows_B is None else rows_B
     B, T, H, C = new[0].shape
     out_BTE = jax.ShapeDtypeStruct((B, T, H * C), new[0].dtype)
     if first_BT is None and triton_attention.refuses_new(new[0], cache.k) is None:

@@ -91,7 +91,7 @@ def run(
             q_BTHC, k_BTKC = (rotate(x, *rotation, halves) for x in (q_BTHC, k_BTKC))
             out_BTE = layers.attend(q_BTHC, KeyValues(k_BTKC, v_BTKC), place_BT, first_BT).reshape(B, T, -1)
         else:
-            at, new = (rows_B, write_BT, place_BT, first_BT), (q_BTHC, k_BTKC, v_BTKC)
+            at, new = (row_B, rows_B, write_BT, place_BT, first_BT), (q_BTHC, k_BTKC, v_BTKC)
             out_BTE, cache = layers.attend_into(cache, i, *at, new, rotation, halves, attn.o)
         more_BTD = layers.project(out_BTE, attn, "o", change.attn, in_attn)
         x_BTD, normed_BTD = layers.add_norm(x_BTD, more_BTD, ffn.norm, config.norm_eps, (ffn.gate, ffn.up))
