@@ -242,8 +242,8 @@ def attend_into(
 
     row_B: the rows of the cache that they belong to; rows_B: again, None where these are all in order. write_BT,
     place_BT: the places that they are written to, as in `KVCache.write`, and that their queries stand at. new: their
-    queries, keys and values, not rotated. Without a launch for the cache where `triton_attention.write_and_attend` can serve. reader: the weight
-    that will multiply it, for which that may prepare it.
+    queries, keys and values, not rotated. Without a launch for the cache where `triton_attention.write_and_attend` can
+    serve. reader: the weight that will multiply it, for which that may prepare it.
     """
     B, T, H, C = new[0].shape
     out_BTE = jax.ShapeDtypeStruct((B, T, H * C), new[0].dtype)
