@@ -140,10 +140,11 @@ class Rows(NamedTuple):
             high = [place and place.after_rows(8) for place in low]
         return [low, high]
 
-    def read(self, s: jax.Array, taken: list[list[jax.Array | None]]) -> list[Codes]:
-        """Either row at step `s`. taken: what was copied ahead of it."""
+    def read(self, s: jax.Array, taken: list[list[jax.Array | None]], signed: bool = False) -> list[Codes]:
+        """Either row at step `s`. taken: what was copied ahead of it. signed: of `Lane`."""
         pairs = zip(self.lanes(s, False), taken, strict=True)
-        return [self.reader.read(lane._replace(taken=iter(items) if items else None)) for lane, items in pairs]
+        lanes = [lane._replace(taken=iter(items) if items else None, signed=signed) for lane, items in pairs]
+        return [self.reader.read(lane) for lane in lanes]
 
 
 def matrix_of(

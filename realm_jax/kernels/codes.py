@@ -152,35 +152,36 @@ def read_q6_k(lane: Lane) -> Codes:
     return Codes(codes, [d * byte(words[i // 4], i % 4, signed=True) for i in range(8)])
 
 
-def values_plus_128(book: str) -> np.ndarray:
-    values = codebook(book).values.astype(np.int16)
-    return (np.concatenate([values, np.zeros(16 - len(values), np.int16)]) + 128).astype(np.uint8)
+def values(book: str, signed: bool) -> np.ndarray:
+    """Of a codebook, as bytes: plus 128, unless they are to have a sign."""
+    found = codebook(book).values.astype(np.int16)
+    return (np.concatenate([found, np.zeros(16 - len(found), np.int16)]) + (0 if signed else 128)).astype(np.uint8)
 
 
 def named(lane: Lane, book: str) -> list[jax.Array]:
     word = lane.read("qs", lane.t)
-    return [fragments.look_up(values_plus_128(book), word, part) for part in (False, True)]
+    return fragments.look_up(values(book, lane.signed), word)
 
 
 def read_iq4_nl(lane: Lane) -> Codes:
-    return Codes(named(lane, "IQ4_NL"), [scale(lane)])
+    return Codes(named(lane, "IQ4_NL"), [scale(lane)], signed=lane.signed)
 
 
 def read_iq4_xs(lane: Lane) -> Codes:
     place = lane.place(8)
     word = lane.read("scales", (place // 4).astype(jnp.int32))
-    return Codes(named(lane, "IQ4_NL"), [scale(lane) * (byte(word, place % 4) - 32)])
+    return Codes(named(lane, "IQ4_NL"), [scale(lane) * (byte(word, place % 4) - 32)], signed=lane.signed)
 
 
 def read_mxfp4(lane: Lane) -> Codes:
-    return Codes(named(lane, "MXFP4"), [e8m0(lane.read("e"))])
+    return Codes(named(lane, "MXFP4"), [e8m0(lane.read("e"))], signed=lane.signed)
 
 
 def read_nvfp4(lane: Lane) -> Codes:
     word = lane.read("qs", lane.t % 2)
-    parts = [fragments.look_up(values_plus_128("MXFP4"), word, part) for part in (False, True)]
+    parts = fragments.look_up(values("MXFP4", lane.signed), word)
     bits = lane.read("d") >> (lane.place(4) * np.uint32(8)) & np.uint32(0xFF)
-    return Codes([jnp.where(lane.t < 2, *parts)], [ue4m3(bits)])
+    return Codes([jnp.where(lane.t < 2, *parts)], [ue4m3(bits)], signed=lane.signed)
 
 
 def digit(word: jax.Array, power: jax.Array | int) -> jax.Array:

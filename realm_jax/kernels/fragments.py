@@ -402,28 +402,30 @@ def sum_over_t(sums: Fragment) -> Fragment:
     return asm(text + "}", ["=&f"] * 4 + ["f"] * 4, jnp.float32, sums)
 
 
-def look_up(table: np.ndarray, nibbles: jax.Array, high: bool) -> jax.Array:
-    """Bytes of a table of 16 that the low (or high) nibbles of the four bytes of each uint32 name, as uint32."""
+def look_up(table: np.ndarray, nibbles: jax.Array) -> list[jax.Array]:
+    """Bytes of a table of 16 that the low nibbles of the four bytes of each uint32 name, and those that the high ones
+    do, as uint32."""
     if pallas.interpreting():
-        out = jnp.zeros_like(nibbles)
-        for byte in range(4):
-            index = nibbles >> np.uint32(8 * byte + 4 * high) & np.uint32(15)
-            value = sum(jnp.where(index == i, np.uint32(entry), np.uint32(0)) for i, entry in enumerate(table))
-            out = out | value << np.uint32(8 * byte)
-        return out
-    words = table.astype(np.uint8).view(np.uint32)
-    lines = [".reg .b32 " + ", ".join(["n0", "n1", "s", "m", "a", "b", *(f"w{i}" for i in range(4))]) + ";"]
-    lines += [f"mov.b32 w{i}, {word};" for i, word in enumerate(words)]
-    for half in range(2):  # prmt takes 3 bits of 4 nibbles; the fourth bit chooses between two results
-        lines += [f"shr.u32 s, $1, {16 * half};", "shr.u32 m, s, 1;", "and.b32 m, m, 0x4444;", "or.b32 m, m, 0x3210;"]
-        lines += [
-            "and.b32 s, s, 0x7777;",
-            "prmt.b32 a, w0, w1, s;",
-            "prmt.b32 b, w2, w3, s;",
-            f"prmt.b32 n{half}, a, b, m;",
-        ]
-    lines.append(f"prmt.b32 $0, n0, n1, {'0x7531' if high else '0x6420'};")
-    return asm(f"{{ {' '.join(lines)} }}", ["=r", "r"], jnp.int32, nibbles.astype(jnp.int32), pack=1).astype(jnp.uint32)
+        found = []
+        for first in (0, 4):
+            out = jnp.zeros_like(nibbles)
+            for bit in range(first, 32, 8):
+                index = nibbles >> np.uint32(bit) & np.uint32(15)
+                value = sum(jnp.where(index == i, np.uint32(entry), np.uint32(0)) for i, entry in enumerate(table))
+                out = out | value << np.uint32(bit - first)
+            found.append(out)
+        return found
+    # prmt takes 3 bits of each of 4 nibbles; the fourth bit chooses between two results.
+    lines = [".reg .b32 s, m, a, b, n<2>, w<4>;"]
+    lines += [f"mov.b32 w{i}, {word};" for i, word in enumerate(table.astype(np.uint8).view(np.uint32))]
+    lines += ["and.b32 s, $2, 0x77777777; shr.u32 m, $2, 1; lop3.b32 m, m, 0x44444444, 0x32103210, 0xEA;"]
+    for half in range(2):
+        lines += ["shr.u32 s, s, 16; shr.u32 m, m, 16;"] * half
+        lines += [f"prmt.b32 a, w0, w1, s; prmt.b32 b, w2, w3, s; prmt.b32 n{half}, a, b, m;"]
+    lines += ["prmt.b32 $0, n0, n1, 0x6420; prmt.b32 $1, n0, n1, 0x7531;"]
+    shape = pallas.Shape(nibbles.shape, jnp.int32)
+    found = assembly(f"{{ {' '.join(lines)} }}", ["=&r", "=&r", "r"], shape, nibbles.astype(jnp.int32), arrays=2)
+    return [half.astype(jnp.uint32) for half in found]
 
 
 def as_sums(sums_wrgn: jax.Array) -> Fragment:

@@ -29,9 +29,9 @@ class Codes(NamedTuple):
     or none. A weight is scale * (byte - zero) + offset, with `zero` of the format's `Reader`. mins: where offsets are
     whole numbers times one of the four units, instead of them: bytes 2 and 3 of a word, for the two sub-blocks of a
     unit, and what they are multiplied by. raised: how far up their bytes the words hold their codes, in bits. mask: the
-    bits that a code has; other bits of its byte may be anything. whole, factors: where scales are whole numbers times
-    one number of the four units, that number, and they: as uint32, see `fragments.factors`, for the two sub-blocks of a
-    unit, divided by 2^raised.
+    bits that a code has; other bits of its byte may be anything. signed: whether bytes are codes less `zero`, of 128,
+    which a `Lane` may allow. whole, factors: where scales are whole numbers times one number of the four units, that
+    number, and they: as uint32, see `fragments.factors`, for the two sub-blocks of a unit, divided by 2^raised.
     """
 
     words: list[jax.Array]
@@ -40,6 +40,7 @@ class Codes(NamedTuple):
     mins: tuple[jax.Array, jax.Array] | None = None
     raised: tuple[int, ...] = ()
     mask: int = 0xFF
+    signed: bool = False
     whole: jax.Array | None = None
     factors: jax.Array | None = None
 
@@ -60,7 +61,7 @@ class Lane(NamedTuple):
     """Where a thread reads: planes of a matrix, its row (P, 4), the group of four units (P, 4) that it is at, which of
     the four each item is, t (P, 4), and how many units a row has. grid: the table that the format needs. places: takes
     in where it would read, with arrays (P,) for the first of four items, in place of reading. taken: gives what was
-    read there, in the same order (None: not yet).
+    read there, in the same order (None: not yet). signed: whether codes may come without `zero`.
     """
 
     planes: dict[str, jax.Array]
@@ -72,6 +73,7 @@ class Lane(NamedTuple):
     grid: jax.Array | None = None
     places: list[Place | None] | None = None
     taken: Iterator[jax.Array | None] | None = None
+    signed: bool = False
 
     @property
     def unit(self) -> jax.Array:

@@ -81,7 +81,9 @@ def _transposed(y: jax.Array, w: QuantizedTensor) -> jax.Array:
 
 # In the order in which "auto" asks them; the reference serves everything and stands last.
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "triton_int8": Implementation(_int8(triton_int8.refuses), _few_rows(triton_int8.matmul, int8=True), _transposed),
+    "triton_int8": Implementation(
+        _int8(triton_int8.refuses), _few_rows(lambda x, w: triton_int8.matmul(x, w), int8=True), _transposed
+    ),
     "reference_int8": Implementation(
         _int8(lambda x_shape, w: None), _few_rows(reference.matmul_int8, int8=True), _transposed
     ),

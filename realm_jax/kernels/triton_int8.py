@@ -213,11 +213,12 @@ def _row_kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], form: R
     def step(s: jax.Array, carry: tuple) -> tuple:
         token, totals, mins = carry
         token = ahead.wait(token, s)
-        rows = matrix.read(s, ahead.take(token, s)[:2])
+        rows = matrix.read(s, ahead.take(token, s)[:2], form.signed)
         # Codes stay as far up in their bytes as they are, where a sub-block has one such distance.
         raised = rows[0].raised[:: form.halves] if form.plain else ()
         words = [row.raised_words() if raised else row.lowered() for row in rows]
-        words = [[word ^ SIGNS for word in row] if form.signed else row for row in words]
+        if form.signed and not rows[0].signed:
+            words = [[word ^ SIGNS for word in row] for row in words]
         low, high = matrix.own(s, ahead.take_own(token, s, t)[:2])
 
         def both(numbers: list[list[jax.Array]], number: int) -> jax.Array:
