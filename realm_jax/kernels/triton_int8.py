@@ -3,7 +3,8 @@
 As `triton_matmul`, but x is rounded to 8-bit steps as `reference.int8_steps` says, 32 inputs to a size. Codes are
 unsigned bytes as they come out of a word, so nothing makes float16 of them, and a sum over a sub-block is an exact
 integer (`fragments_int8`). A result is summed in an order that depends on the format and the shape of w alone: a
-row of x gives the same bits whatever rows are beside it. Called by `matmul`.
+row of x gives the same bits whatever rows are beside it: the sub-blocks of each of the four units that a step takes are
+added up by themselves, as the kernel for one row has them (`triton_int8_row`). Called by `matmul`.
 
 Shape key: `M` rows of x, `N` output features, `K` input features, `P` threads of a program.
 """
@@ -17,10 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from realm_jax.kernels import codes, fragments, fragments_int8, int8_row, pallas, triton_matmul
-from realm_jax.kernels.ahead import Ahead, Rows, matrix_of
-from realm_jax.kernels.int8_row import Record, Records, record_for, record_of
-from realm_jax.kernels.lanes import SIGNS, Codes, Reader, coordinates
+from realm_jax.kernels import codes, fragments, fragments_int8, pallas, triton_int8_row, triton_matmul
+from realm_jax.kernels.ahead import Ahead, Rows
+from realm_jax.kernels.int8_row import Records, record_of
+from realm_jax.kernels.lanes import Codes, Reader, coordinates
 from realm_jax.kernels.operand import Prepared, plain
 from realm_jax.kernels.plan import MOST_ROWS, ROWS, Plan, clipped, plan, ring_bytes, together
 from realm_jax.kernels.reference import INT8_BLOCK
@@ -80,7 +81,11 @@ def matmul_each(
     plans = [plan_of(x.shape, w, tiles) for w in weights]
     if plans[0].rows > 1:
         return [_matmul(plain(x), w, own) for w, own in zip(weights, plans, strict=True)]
-    return [y for own in together(weights, plans) for y in _matmul_row(x, [weights[i] for i in own], plans[own[0]])]
+    return [
+        y
+        for own in together(weights, plans)
+        for y in triton_int8_row.matmul_each(x, [weights[i] for i in own], plans[own[0]])
+    ]
 
 
 def form_of(x_shape: tuple[int, ...], weights: Sequence[QuantizedTensor]) -> Records | None:
@@ -94,27 +99,6 @@ def plan_of(x_shape: tuple[int, ...], w: QuantizedTensor, tiles: Tiles | None = 
     """How a product of x (..., K) by w is cut."""
     rows = math.prod(x_shape[:-1])
     return plan(rows, jnp.bfloat16, w, tiles or find(w.format, *w.shape, "int8"))  # a column for a row of any type
-
-
-def _matmul_row(x: jax.Array | Prepared, weights: list[QuantizedTensor], own: Plan) -> list[jax.Array]:
-    """Products of one row by weights of one format and one plan, but for their outputs."""
-    format = weights[0].format
-    reader, names = codes.READERS[format], codes.fields(format)
-    form = record_of(weights[0], own)
-    operands = [record_for(x, form)]
-    operands += [w.planes[name] for w in weights for name in names]
-    operands += [] if reader.grid is None else [jnp.asarray(reader.grid())]
-    outputs = tuple(w.shape[0] for w in weights)
-    results = pallas.call(
-        functools.partial(_row_kernel, own=own, format=format, outputs=outputs, form=form),
-        operands,
-        tuple(pallas.Shape((1, count), x.dtype) for count in outputs),
-        grid=(sum(-(-count // ROWS) for count in outputs),),
-        num_warps=own.warps,
-        num_stages=1,
-        name=f"matmul_int8_{format}",
-    )
-    return [y.reshape(*x.shape[:-1], -1) for y in results]
 
 
 def _matmul(x: jax.Array, w: QuantizedTensor, own: Plan) -> jax.Array:
@@ -191,69 +175,7 @@ def _prepare(x_ref, steps_ref, sizes_ref, sums_ref, *, own: Form) -> None:
     pallas.store(sums_ref.at[at], total, mask=block < own.blocks)
 
 
-# --- the product by one row ------------------------------------------------------------------------------------------
-
-
-def _row_kernel(*refs, own: Plan, format: str, outputs: tuple[int, ...], form: Record) -> None:
-    """One program: ROWS rows of one of the weights, all of K."""
-    record_ref, *plane_refs = refs[: -len(outputs)]
-    matrix, which = matrix_of(plane_refs, own, format, outputs, own.group)
-    shape = 32 * own.warps, 4
-    thread, item = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-    warp, _, t, _ = coordinates(lax.iota(jnp.int32, shape[0]))
-    column = thread % 32 // 4
-    masks = [jnp.where(column == 2 * item + q, -1, 0) for q in range(form.subs)]
-    zero = fragments.zeros(pallas.load(record_ref.at[jnp.zeros_like(item), item]))
-
-    def places(s: jax.Array) -> list[list[Place | None]]:
-        return [*matrix.places(s), int8_row.places(record_ref, form, own.group(s, warp))]
-
-    ahead = Ahead(places, own.warps, own.steps, own.stages, ring_bytes(own.warps, 1))
-
-    def step(s: jax.Array, carry: tuple) -> tuple:
-        token, totals, mins = carry
-        token = ahead.wait(token, s)
-        rows = matrix.read(s, ahead.take(token, s)[:2], form.signed)
-        # Codes stay as far up in their bytes as they are, where a sub-block has one such distance.
-        raised = rows[0].raised[:: form.halves] if form.plain else ()
-        words = [row.raised_words() if raised else row.lowered() for row in rows]
-        if form.signed and not rows[0].signed:
-            words = [[word ^ SIGNS for word in row] for row in words]
-        low, high = matrix.own(s, ahead.take_own(token, s, t)[:2])
-
-        def both(numbers: list[list[jax.Array]], number: int) -> jax.Array:
-            """Of rows g and g + 8 what two sub-blocks from `number` on have."""
-            return fragments.joined(*(row[number + q % form.subs] for row in numbers for q in range(2)))
-
-        scales = [row.scales for row in (low, high)]
-        if raised:
-            scales = [[own * 2.0**-up if up else own for own, up in zip(row, raised, strict=True)] for row in scales]
-
-        for number in range(form.rounds):
-            first, per = number * form.subs, form.subs * form.halves
-            x, sizes, *sums = (ahead.take_words(token, s, *place) for place in form.places_of_round(number, own.warps))
-            sizes, *sums = (lax.bitcast_convert_type(words, jnp.float32) for words in (sizes, *sums))
-            products = fragments_int8.mma_units(
-                list(zip(*(row[number * per : number * per + per] for row in words), strict=True)),
-                x, masks, form.halves, form.signed,
-            )  # fmt: skip
-            totals = fragments_int8.add_units(
-                totals, products, sums[0] if sums else None, both(scales, first), sizes,
-                form.halves, form.subs, both([low.offsets, high.offsets], first) if form.offsets else None,
-            )  # fmt: skip
-        if form.mins:
-            a = fragments_int8.own_mins(low.mins[0], high.mins[0])
-            dots = fragments_int8.mma_mins(zero, a, ahead.take_words(token, s, *form.place_of_mins(own.warps)))
-            factors = [fragments.joined(*[row.mins[1]] * 4) for row in (low, high)]
-            mins = fragments.add_scaled(dots, *factors, mins, 0, True)
-        return token, totals, mins
-
-    _, totals, mins = lax.fori_loop(0, own.steps, step, (ahead.begin(), zero, zero))
-    total = fragments.sum_over_warps(fragments.sum_over_t(totals) + mins, own.warps)
-    leave(refs[-len(outputs) :], None, None, total, matrix.first, jnp.int32(0), own, which)
-
-
-# --- the product by more ---------------------------------------------------------------------------------------------
+# --- the product -----------------------------------------------------------------------------------------------------
 
 
 class Columns:
@@ -347,7 +269,7 @@ def _read(place: Place) -> jax.Array:
 
 def _add_step(totals: tuple, zero, rows: list[Codes], read: Callable, reader: Reader, one: bool) -> tuple:
     """totals, of tiles of x, and the products of four units of w, in rows g and g + 8; read: tile, key -> (P, 4). Of a
-    tile there are the totals of each unit, and then those of mins: in the order of `_row_kernel`."""
+    tile there are the totals of each unit, and then those of mins: in the order of `triton_int8_row`."""
     totals, per = [[list(units), mins] for units, mins in totals], reader.sub_block // 16
     words_of_rows = [[word.astype(jnp.int32) for word in row.lowered()] for row in rows]
     if reader.mins:
