@@ -30,7 +30,7 @@ from realm_jax.kernels.ring import Place, Slots, read_now
 from realm_jax.kernels.tiles import Tiles, find
 from realm_jax.quant.tensor import QuantizedTensor
 
-MOST_TILES = 4  # of columns, of a program
+MOST_TILES = 4  # of columns, of a program; 2, where a unit is so large that sums of 4 tiles do not fit into registers
 COLUMNS = 8  # of a tile; a row of x takes one
 PREPARED = 32  # blocks of x that a program of `prepare` takes
 
@@ -97,8 +97,9 @@ def form_of(x_shape: tuple[int, ...], weights: Sequence[QuantizedTensor]) -> Rec
 
 def plan_of(x_shape: tuple[int, ...], w: QuantizedTensor, tiles: Tiles | None = None) -> Plan:
     """How a product of x (..., K) by w is cut."""
-    rows = math.prod(x_shape[:-1])
-    return plan(rows, jnp.bfloat16, w, tiles or find(w.format, *w.shape, "int8"))  # a column for a row of any type
+    rows, most = math.prod(x_shape[:-1]), MOST_TILES if codes.READERS[w.format].unit <= 64 else MOST_TILES // 2
+    own = plan(rows, jnp.bfloat16, w, tiles or find(w.format, *w.shape, "int8"))  # a column for a row of any type
+    return own._replace(program_tiles=min(own.tiles, most))
 
 
 def _matmul(x: jax.Array, w: QuantizedTensor, own: Plan) -> jax.Array:
@@ -112,7 +113,7 @@ def _matmul(x: jax.Array, w: QuantizedTensor, own: Plan) -> jax.Array:
         functools.partial(_kernel, own=own, format=w.format, names=tuple(planes)),
         operands,
         pallas.Shape((own.rows, own.outputs), x.dtype),
-        grid=(-(-own.outputs // ROWS), -(-own.tiles // MOST_TILES)),
+        grid=(-(-own.outputs // ROWS), -(-own.tiles // own.program_tiles)),
         num_warps=own.warps,
         num_stages=1,
         name=f"matmul_int8_{w.format}",
@@ -216,14 +217,14 @@ class Columns:
 
 
 def _kernel(*refs, own: Plan, format: str, names: tuple[str, ...]) -> None:
-    """One program: ROWS rows of w, all of K, up to MOST_TILES tiles of eight columns."""
+    """One program: ROWS rows of w, all of K, `own.program_tiles` tiles of eight columns."""
     *x_refs, y_ref = refs[:3] + refs[-1:]
     plane_refs = refs[3:-1]
     reader = codes.READERS[format]
     planes = dict(zip(names, plane_refs, strict=False))
     grid = plane_refs[-1] if reader.grid else None
-    first_row, first_tile = pallas.program_id(0) * ROWS, pallas.program_id(1) * MOST_TILES
-    tiles = min(own.tiles, MOST_TILES)
+    first_row, first_tile = pallas.program_id(0) * ROWS, pallas.program_id(1) * own.program_tiles
+    tiles = own.program_tiles
     units = reader.units(own.width)
     thread, item = (lax.broadcasted_iota(jnp.int32, (32 * own.warps, 4), axis) for axis in (0, 1))
     columns = Columns(Operand(*x_refs), reader, own, first_tile)
