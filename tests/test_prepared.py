@@ -78,9 +78,11 @@ def test_the_parts_of_a_row_have_the_bits_of_a_whole(monkeypatch, dtype, sums):
 
 
 @pytest.mark.usefixtures("interpreter")
-def test_records_of_a_row_are_those_of_a_launch_of_their_own():
+@pytest.mark.parametrize(
+    "names", [("Q4_K", "Q6_K"), pytest.param(("Q4_1", "NVFP4", "TQ1_0", "IQ2_XS"), marks=pytest.mark.slow)]
+)
+def test_records_of_a_row_are_those_of_a_launch_of_their_own(names):
     x, more = rows_of("bfloat16", 1, 1, WIDE)
-    names = ("Q4_K", "Q6_K", "Q4_1", "NVFP4", "TQ1_0")
     weights = [random_weights(name, 5, WIDE).replace(arithmetic="int8") for name in names]
     form = wanted_form(x, [*weights, weights[0]])
     assert len(form.kinds) == len(names) and wanted_form(jnp.zeros((2, WIDE)), weights) is None
