@@ -14,6 +14,7 @@ from realm_jax.kernels.assembly import chosen
 from realm_jax.kernels.lanes import Codes, Lane, Reader, coordinates, places
 from realm_jax.kernels.plan import ROWS, Plan, own_rows
 from realm_jax.kernels.ring import Copies, Place, Ring, Slots, Token, commit, read_now, together
+from realm_jax.quant.tensor import QuantizedTensor
 
 
 class Ahead:
@@ -147,11 +148,16 @@ class Rows(NamedTuple):
         return [self.reader.read(lane) for lane in lanes]
 
 
+def operands_of(weights: Sequence[QuantizedTensor]) -> list[jax.Array]:
+    """What `matrix_of` reads of weights of one format: the planes of all, and the grid of the format, if it has one."""
+    reader, names = codes.READERS[weights[0].format], codes.fields(weights[0].format)
+    return [w.planes[name] for w in weights for name in names] + ([jnp.asarray(reader.grid())] if reader.grid else [])
+
+
 def matrix_of(
     refs: Sequence, own: Plan, format: str, outputs: tuple[int, ...], group: Callable
 ) -> tuple[Rows, jax.Array]:
-    """The rows that a program reads, of one of several weights of a format, and of which. refs: the planes of all, and
-    the grid of the format, if it has one."""
+    """The rows that a program reads, of one of several weights of a format, and of which. refs: of `operands_of`."""
     reader, names = codes.READERS[format], codes.fields(format)
     which, first, most = own_rows(outputs, own.program_rows)
     planes = refs[: len(outputs) * len(names)]

@@ -42,12 +42,11 @@ def add_exact(
     sizes: tuple[Fragment, Fragment],
     total: Fragment,
     items: tuple[int, int, int],
-    one: bool,
 ) -> Fragment:
     """total + (sums - level) scale size, where `sums` are of `mma_int8`: the difference is exact.
 
     levels: of columns 2 t and of columns 2 t + 1, or None for EXACT. scales: of rows g and of rows g + 8. sizes: of the
-    columns. items: which item of levels, scales and sizes. one: only column 0 counts; the others come out as anything.
+    columns. items: which item of levels, scales and sizes.
     """
     level, scale, size = items
     if pallas.interpreting():
@@ -61,9 +60,7 @@ def add_exact(
         lines += [f"mul.rn.f32 n{row}, ${(8, 12)[row] + scale}, {_hex(-EXACT)};" for row in range(2)]
     for i in range(4):
         row, factor, times = i // 2, f"${(8, 12)[i // 2] + scale}", f"${(16, 20)[i % 2] + size}"
-        if one and i % 2:
-            lines.append(f"mov.b32 ${i}, 0;")
-        elif levels is None:
+        if levels is None:
             lines.append(f"fma.rn.f32 x, ${4 + i}, {factor}, n{row}; fma.rn.f32 ${i}, x, {times}, ${24 + i};")
         else:
             lines.append(f"sub.rn.f32 x, ${4 + i}, ${(24, 28)[i % 2] + level}; mul.rn.f32 x, x, {factor};")

@@ -19,11 +19,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from realm_jax.kernels import codes, fragments, fragments_int8, pallas, triton_int8_row, triton_matmul
-from realm_jax.kernels.ahead import Ahead, Rows
+from realm_jax.kernels.ahead import Ahead, matrix_of, operands_of
 from realm_jax.kernels.int8_row import Records, record_of
 from realm_jax.kernels.lanes import Codes, Reader, coordinates
 from realm_jax.kernels.operand import Prepared, plain
-from realm_jax.kernels.plan import MOST_ROWS, ROWS, Plan, clipped, plan, ring_bytes, together
+from realm_jax.kernels.plan import MOST_ROWS, Plan, clipped, grid_of, plan, ring_bytes, together
 from realm_jax.kernels.reference import INT8_BLOCK
 from realm_jax.kernels.results import leave
 from realm_jax.kernels.ring import Place, Slots, read_now
@@ -107,13 +107,11 @@ def _matmul(x: jax.Array, w: QuantizedTensor, own: Plan) -> jax.Array:
     blocks = own.steps * own.warps * 4 * reader.unit // INT8_BLOCK
     form = Form(own.tiles, blocks, reader.sub_block, reader.zero, reader.offsets, reader.mins)
     prepared = prepare(x.reshape(own.rows, own.width), form)
-    planes = {name: w.planes[name] for name in codes.fields(w.format)}
-    operands = [*prepared, *planes.values(), *([] if reader.grid is None else [jnp.asarray(reader.grid())])]
     y = pallas.call(
-        functools.partial(_kernel, own=own, format=w.format, names=tuple(planes)),
-        operands,
+        functools.partial(_kernel, own=own, format=w.format),
+        [*prepared, *operands_of([w])],
         pallas.Shape((own.rows, own.outputs), x.dtype),
-        grid=(-(-own.outputs // ROWS), -(-own.tiles // own.program_tiles)),
+        grid=grid_of(own, (own.outputs,)),
         num_warps=own.warps,
         num_stages=1,
         name=f"matmul_int8_{w.format}",
@@ -192,9 +190,8 @@ class Columns:
         self.blocks, self.sums, self.span = blocks, sums, min(4, blocks)
         numbers = [("sizes", j) for j in range(-(-blocks // 4))]
         numbers += [("sums", j) for j in range(0 if reader.mins else sums // 4)]
-        columns = range(min(self.live, 2) if self.early else 2)
         self.keys = [("steps", 0, j) for j in range(blocks // 2)] + [("mins", 0, 0)] * reader.mins
-        self.keys += [(name, column, j) for name, j in numbers for column in columns]
+        self.keys += [(name, column, j) for name, j in numbers for column in range(2)]
 
     def place(self, key: tuple[str, int, int], s: jax.Array, tile: int) -> Place:
         name, column, j = key
@@ -216,22 +213,16 @@ class Columns:
         return Place(self.x.sums, (tile, column + key[1], group * self.sums + 4 * j), 4, slots)
 
 
-def _kernel(*refs, own: Plan, format: str, names: tuple[str, ...]) -> None:
+def _kernel(*refs, own: Plan, format: str) -> None:
     """One program: ROWS rows of w, all of K, `own.program_tiles` tiles of eight columns."""
-    *x_refs, y_ref = refs[:3] + refs[-1:]
-    plane_refs = refs[3:-1]
-    reader = codes.READERS[format]
-    planes = dict(zip(names, plane_refs, strict=False))
-    grid = plane_refs[-1] if reader.grid else None
-    first_row, first_tile = pallas.program_id(0) * ROWS, pallas.program_id(1) * own.program_tiles
-    tiles = own.program_tiles
-    units = reader.units(own.width)
+    x_refs, y_ref = refs[:3], refs[-1]
+    matrix, _ = matrix_of(refs[3:-1], own, format, (own.outputs,), own.group)
+    reader, tiles = matrix.reader, own.program_tiles
+    first_tile = pallas.program_id(1) * tiles
     thread, item = (lax.broadcasted_iota(jnp.int32, (32 * own.warps, 4), axis) for axis in (0, 1))
     columns = Columns(Operand(*x_refs), reader, own, first_tile)
     nothing = jnp.zeros_like(item)
     zero = fragments.zeros(pallas.load(x_refs[0].at[nothing, nothing, thread % 32, item]))
-
-    matrix = Rows(reader, planes, grid, first_row, own.outputs, units, own.warps, own.group)
 
     def places(s: jax.Array) -> list[list[Place | None]]:
         x = [columns.place(key, s, 0) for key in columns.keys] if columns.early else []
@@ -251,12 +242,12 @@ def _kernel(*refs, own: Plan, format: str, names: tuple[str, ...]) -> None:
                 return put.get(key, zero)
             return _read(columns.place(key, s, tile))
 
-        return token, _add_step(totals, zero, rows, read, reader, columns.live == 1)
+        return token, _add_step(totals, zero, rows, read, reader)
 
     _, totals = lax.fori_loop(0, own.steps, step, (ahead.begin(), (((zero,) * 4, zero),) * tiles))
     for tile, ((first, second, third, fourth), mins) in enumerate(totals):
         total = fragments.sum_over_warps(first + second + (third + fourth) + mins, own.warps)
-        leave([y_ref], None, None, total, first_row, first_tile + tile, own, jnp.int32(0))
+        leave([y_ref], None, None, total, matrix.first, first_tile + tile, own, jnp.int32(0))
 
 
 def _read(place: Place) -> jax.Array:
@@ -268,7 +259,7 @@ def _read(place: Place) -> jax.Array:
     return pallas.load(place.ref.at[(*at, last + lax.broadcasted_iota(jnp.int32, shape, 1))])
 
 
-def _add_step(totals: tuple, zero, rows: list[Codes], read: Callable, reader: Reader, one: bool) -> tuple:
+def _add_step(totals: tuple, zero, rows: list[Codes], read: Callable, reader: Reader) -> tuple:
     """totals, of tiles of x, and the products of four units of w, in rows g and g + 8; read: tile, key -> (P, 4). Of a
     tile there are the totals of each unit, and then those of mins: in the order of `triton_int8_row`."""
     totals, per = [[list(units), mins] for units, mins in totals], reader.sub_block // 16
@@ -278,7 +269,7 @@ def _add_step(totals: tuple, zero, rows: list[Codes], read: Callable, reader: Re
         a = fragments_int8.mins(low, high, lax.broadcasted_iota(jnp.int32, zero.shape, 0) % 4)
         for tile, own in enumerate(totals):
             offsets = fragments_int8.mma_mins(zero, a, read(tile, "mins", 0, 0))
-            own[1] = fragments.add_scaled(offsets, factor_low, factor_high, own[1], 0, one)
+            own[1] = fragments.add_scaled(offsets, factor_low, factor_high, own[1], 0, False)
 
     def both(tile: int, name: str, j: int) -> tuple[jax.Array, jax.Array]:
         return read(tile, name, 0, j), read(tile, name, 1, j)
@@ -294,9 +285,9 @@ def _add_step(totals: tuple, zero, rows: list[Codes], read: Callable, reader: Re
                 sums = fragments_int8.mma_int8(a, read(tile, "steps", 0, block // 2), unit, place * per % 4)
                 levels = None if reader.offsets or reader.mins else both(tile, "sums", place // 4)
                 sizes = both(tile, "sizes", block // 4)
-                units[unit] = fragments_int8.add_exact(sums, levels, scales, sizes, units[unit], items, one)
+                units[unit] = fragments_int8.add_exact(sums, levels, scales, sizes, units[unit], items)
                 if reader.offsets:
                     offsets = rows[0].offsets[sub], rows[1].offsets[sub]
                     own = fragments.by_column(*both(tile, "sums", place // 4), place % 4)
-                    units[unit] = fragments.add_scaled(own, *offsets, units[unit], unit, one)
+                    units[unit] = fragments.add_scaled(own, *offsets, units[unit], unit, False)
     return tuple((tuple(units), mins) for units, mins in totals)

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from realm_jax.kernels import codes, fragments, fragments_int8, int8_row, pallas
-from realm_jax.kernels.ahead import Ahead, matrix_of
+from realm_jax.kernels import fragments, fragments_int8, int8_row, pallas
+from realm_jax.kernels.ahead import Ahead, matrix_of, operands_of
 from realm_jax.kernels.int8_row import Record, record_for, record_of
 from realm_jax.kernels.lanes import SIGNS, coordinates
 from realm_jax.kernels.operand import Prepared
@@ -27,15 +27,11 @@ from realm_jax.quant.tensor import QuantizedTensor
 def matmul_each(x: jax.Array | Prepared, weights: list[QuantizedTensor], own: Plan) -> list[jax.Array]:
     """Products of one row by weights of one format and one plan, but for their outputs."""
     format = weights[0].format
-    reader, names = codes.READERS[format], codes.fields(format)
     form = record_of(weights[0], own)
-    operands = [record_for(x, form)]
-    operands += [w.planes[name] for w in weights for name in names]
-    operands += [] if reader.grid is None else [jnp.asarray(reader.grid())]
     outputs = tuple(w.shape[0] for w in weights)
     results = pallas.call(
         functools.partial(_kernel, own=own, format=format, outputs=outputs, form=form),
-        operands,
+        [record_for(x, form), *operands_of(weights)],
         shapes(own, outputs, x.dtype),
         grid=grid_of(own, outputs),
         num_warps=own.warps,

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from realm_jax.kernels import codes, fragments, pallas, triton_wide
-from realm_jax.kernels.ahead import Ahead, matrix_of, place_of_pairs, places_of_pieces, places_of_sums
+from realm_jax.kernels.ahead import Ahead, matrix_of, operands_of, place_of_pairs, places_of_pieces, places_of_sums
 from realm_jax.kernels.lanes import coordinates, halves_of
 from realm_jax.kernels.mins import add_mins, add_wholes
 from realm_jax.kernels.operand import Prepared, operand_of
@@ -65,15 +65,12 @@ def matmul_each(x: jax.Array | Prepared, weights: Sequence[QuantizedTensor]) -> 
 def _launch(x: jax.Array | Prepared, weights: list[QuantizedTensor], own: Plan) -> list[jax.Array]:
     """Products by weights of one format and one plan, but for their outputs."""
     format = weights[0].format
-    reader, names = codes.READERS[format], codes.fields(format)
-    prepared = operand_of(x, own.form(reader))
-    planes = [w.planes[name] for w in weights for name in names]
-    operands = [*prepared, *planes, *([] if reader.grid is None else [jnp.asarray(reader.grid())])]
+    prepared = operand_of(x, own.form(codes.READERS[format]))
     outputs = tuple(w.shape[0] for w in weights)
     kernel = triton_wide.kernel if own.across else _kernel
     results = pallas.call(
         functools.partial(kernel, own=own, format=format, outputs=outputs),
-        operands,
+        [*prepared, *operands_of(weights)],
         shapes(own, outputs, x.dtype),
         grid=grid_of(own, outputs),
         num_warps=own.warps,
