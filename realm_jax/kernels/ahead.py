@@ -77,8 +77,7 @@ class Ahead:
             shape = word.shape[0], 4
             at = jnp.broadcast_to(place.at[0][:, None], shape)
             item = lax.broadcasted_iota(jnp.int32, shape, 1)
-            words = pallas.load(place.ref.at[at, place.beyond + word[:, None] + item], mask=item < count, other=0)
-            return words
+            return pallas.load(place.ref.at[at, place.beyond + word[:, None] + item], mask=item < count, other=0)
         there = _there(lists)
         return self.ring.take_words(token, step, there, len(there) - len(lists[-1]) + number, word, count)
 

@@ -114,18 +114,22 @@ class Record(NamedTuple):
 
     def word(self, unit: jax.Array, sub: jax.Array, t: jax.Array, half: jax.Array) -> jax.Array:
         """Where a lane's inputs of a sub-block stand: of one sub-block beside each other, then those of the lanes."""
-        first = (sub // self.subs * 4 + unit) * self.subs
         if self.halves == 2:
-            return ((first + sub % self.subs) * 4 + t) * 2 + half
-        return first * 4 + t * self.subs + sub % self.subs
+            return (self._number(unit, sub) * 4 + t) * 2 + half
+        return self._number(unit, sub - sub % self.subs) * 4 + t * self.subs + sub % self.subs
+
+    def _number(self, unit: jax.Array, sub: jax.Array) -> jax.Array:
+        """Of a sub-block, as rounds have them."""
+        return (sub // self.subs * 4 + unit) * self.subs + sub % self.subs
 
     def sum(self, unit: jax.Array, sub: jax.Array) -> jax.Array:
-        return self.sums_at + (sub // self.subs * 4 + unit) * self.subs + sub % self.subs
+        """Where the sum of a sub-block stands."""
+        return self.sums_at + self._number(unit, sub)
 
     def size(self, unit: jax.Array, sub: jax.Array) -> jax.Array:
         """Where the size of a sub-block stands."""
         if self.halves == 2:
-            return self.sizes_at + (sub // self.subs * 4 + unit) * self.subs + sub % self.subs
+            return self.sizes_at + self._number(unit, sub)
         return self.sizes_at + (sub // 2 * 4 + unit if self.subs == 2 else unit // 2)
 
     def write(self, steps: jax.Array, size: jax.Array, start: jax.Array, ref) -> None:

@@ -20,9 +20,8 @@ from realm_jax.kernels.pallas import Shape
 def gated(gate: jax.Array, up: jax.Array, *, form: Form | Records) -> tuple[jax.Array, Operand | tuple[jax.Array, ...]]:
     """silu(gate) * up (..., F), computed in float32, in the type of gate; and the same in that form."""
     operands = [x.reshape(-1, gate.shape[-1]) for x in (gate, up)]
-    part, warps = operand.choose_part(form), operand.warps(gate.shape[-1])
-    if isinstance(form, Records):
-        part, warps = PREPARED, 1
+    int8 = isinstance(form, Records)
+    part, warps = (PREPARED, 1) if int8 else (operand.choose_part(form), operand.warps(gate.shape[-1]))
     out, *outs = pallas.call(
         functools.partial(_gated, form=form, part=part),
         operands,
